@@ -1,0 +1,139 @@
+// Attention on the CPU: what its files share. The forward and backward passes stand in files of their own, attention.cpp binds them.
+#pragma once
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "../common/attention_tiles.h"
+#include "gemm.h"
+
+namespace leedl {
+
+constexpr int64_t kMaxHeadDim = 256;
+// Rows of Q and dout as the left operand. An odd number of cache lines apart, so that they spread over the cache's sets.
+constexpr int64_t kHeadPitch = kMaxHeadDim + 16;
+// Per-row values of one strip of queries are kept in whole vectors.
+constexpr int64_t kStripRows = 16;
+static_assert(kTileRows <= kStripRows && kStripRows % (kVectorBytes / 4) == 0);
+
+constexpr double kLog2e = 1.44269504088896340735992468100189214;
+
+struct AttentionSizes {
+  int64_t batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v;
+
+  int64_t group() const { return num_heads / num_heads_k; }
+};
+
+// A (batch, head, seq, dim) tensor; strides in elements, the last dimension contiguous.
+template <typename T>
+struct HeadTensor {
+  T* data;
+  int64_t batch_stride, head_stride, seq_stride;
+
+  T* row(int64_t batch, int64_t head, int64_t seq) const {
+    return data + batch * batch_stride + head * head_stride + seq * seq_stride;
+  }
+};
+
+// Scores are kept as sign * q . k, so that their maximum is that of the scaled scores; one fma makes the argument of exp2
+// of them: exp(softmax_scale * q . k - offset) = exp2(score * factor - offset * log2(e)).
+template <typename T>
+struct ScoreScale {
+  T sign;    // what queries are multiplied by: 1, -1, or 0 for a scale of 0
+  T factor;  // positive, so that it leaves -inf alone
+
+  explicit ScoreScale(double softmax_scale)
+      : sign(static_cast<T>((softmax_scale > 0) - (softmax_scale < 0))),
+        factor(static_cast<T>(softmax_scale == 0 ? kLog2e : std::abs(softmax_scale) * kLog2e)) {}
+};
+
+struct AttentionOptions {
+  AttentionSizes sizes;
+  const int64_t* key_lengths;  // (batch), or null
+  double softmax_scale;
+  int64_t window_left, window_right;
+  int num_threads;
+
+  AttentionWindow window(int64_t batch) const {
+    int64_t key_end = sizes.seqlen_k;
+    if (key_lengths != nullptr) key_end = std::clamp<int64_t>(key_lengths[batch], 0, sizes.seqlen_k);
+    return {sizes.seqlen_q, key_end, sizes.seqlen_k - sizes.seqlen_q, window_left, window_right};
+  }
+};
+
+template <typename T>
+struct AttentionForward {
+  AttentionOptions options;
+  HeadTensor<T> out;
+  T* lse;  // (batch, num_heads, seqlen_q), contiguous
+  HeadTensor<const T> q, k, v;
+};
+
+template <typename T>
+struct AttentionBackward {
+  AttentionOptions options;
+  HeadTensor<T> dq, dk, dv;
+  HeadTensor<const T> dout, q, k, v, out;
+  const T* lse;
+  const T* dlse;  // like lse, or null
+};
+
+template <typename T>
+void attention_forward(const AttentionForward<T>& args);
+template <typename T>
+void attention_backward(const AttentionBackward<T>& args);
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+template <typename T>
+using Buffer = std::unique_ptr<T[], FreeDeleter>;
+
+// Aligned to a cache line, not initialised. Allocated before a parallel region: exceptions must not leave one.
+template <typename T>
+Buffer<T> allocate(int64_t count) {
+  const size_t bytes = static_cast<size_t>(round_up(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T)), 64));
+  T* p = static_cast<T*>(std::aligned_alloc(64, bytes));
+  if (p == nullptr) throw std::bad_alloc();
+  return Buffer<T>(p);
+}
+
+// Hands out the parts of one allocation, each aligned to a cache line. Without memory (null) it only counts.
+template <typename T>
+class Arena {
+ public:
+  explicit Arena(T* base) : base_(base) {}
+  T* take(int64_t count) {
+    T* part = base_ == nullptr ? nullptr : base_ + taken_;
+    taken_ += round_up(count, 64 / static_cast<int64_t>(sizeof(T)));
+    return part;
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  T* base_;
+  int64_t taken_ = 0;
+};
+
+// Keeps columns [first, last) of a row of scores that has columns [begin, end), multiples of W; the rest becomes `value`.
+template <typename T>
+inline void mask_row(T* row, int64_t begin, int64_t end, int64_t first, int64_t last, T value) {
+  constexpr int64_t kLanes = Vec<T>::kSize;
+  const Vec<T> masked = Vec<T>::broadcast(value);
+  const auto mask = [&](int64_t column) {
+    keep_lanes(first - column, last - column, Vec<T>::load(row + column), masked).store(row + column);
+  };
+  int64_t column = begin;
+  for (; column < std::min(first, end); column += kLanes) mask(column);
+  column = std::max(column, round_down(std::max(last, begin), kLanes));
+  for (; column < end; column += kLanes) mask(column);
+}
+
+}  // namespace leedl

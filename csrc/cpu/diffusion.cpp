@@ -1,0 +1,291 @@
+// Diffusion processes: noise, noising, the training loss and its gradient, and one sampling step. Each is one pass over the
+// data; the noise is made a chunk at a time in the first-level cache and never stored.
+//
+// All tensors are contiguous (batch, n); every sample has its own seed, its own stream and its own coefficients, so that its
+// numbers depend on nothing else in the batch. A task is one block of one sample, whatever the number of threads.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "bindings.h"
+#include "normal_simd.h"
+#include "simd.h"
+
+namespace leedl {
+namespace {
+
+constexpr int64_t kChunk = 1024;
+constexpr int64_t kBlock = 8 * kChunk;
+constexpr int64_t kSerialElements = 16384;        // fewer are done before a second thread has woken up
+constexpr int64_t kStreamedBytes = 16 << 20;      // larger outputs pass by the caches
+
+static_assert(kChunk % NormalGenerator::kGroup == 0);
+
+// What stands for a tensor that is absent because its coefficient is 0.
+template <typename T>
+alignas(64) const T kZeros[kChunk] = {};
+
+struct Samples {
+  int64_t batch, n;
+  int num_threads;
+
+  int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
+};
+
+// The caller's noise where `given` is not null, else made from the seeds; none where its coefficient is 0.
+template <typename T>
+struct Noise {
+  const T* given;
+  const int64_t* seeds;
+  const int64_t* streams;
+  const double* coefficients;  // of sample b at [b * stride]; null: 1
+  int64_t stride;
+
+  bool is_used(int64_t sample) const { return coefficients == nullptr || coefficients[sample * stride] != 0; }
+};
+
+// Calls body(sample, block, offset, count, noise) for every chunk, the chunks of a block in their order. The chunk is
+// elements offset .. offset + count - 1 of the whole tensor.
+template <typename T, typename Body>
+void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& body) {
+  const int64_t blocks = samples.blocks(), tasks = samples.batch * blocks;
+  const bool parallel = samples.batch * std::max(samples.n, NormalGenerator::kGroup) >= kSerialElements;
+#pragma omp parallel for schedule(static) num_threads(samples.num_threads) if (parallel)
+  for (int64_t task = 0; task < tasks; ++task) {
+    const int64_t sample = task / blocks, block = task % blocks;
+    const bool is_made = noise.given == nullptr && noise.is_used(sample);
+    const NormalGenerator generator(is_made ? noise.seeds[sample] : 0,
+                                    is_made && noise.streams != nullptr ? noise.streams[sample] : 0);
+    alignas(64) float made[kChunk];
+    alignas(64) T converted[std::is_same_v<T, float> ? 1 : kChunk];
+    const int64_t end = std::min(samples.n, (block + 1) * kBlock);
+    for (int64_t first = block * kBlock; first < end; first += kChunk) {
+      const int64_t count = std::min(kChunk, end - first), offset = sample * samples.n + first;
+      const T* z = kZeros<T>;
+      if (is_made) {
+        generator.fill(first, count, made);
+        if constexpr (std::is_same_v<T, float>) {
+          z = made;
+        } else {
+          std::copy_n(made, count, converted);
+          z = converted;
+        }
+      } else if (noise.is_used(sample)) {
+        z = noise.given + offset;
+      }
+      body(sample, block, offset, count, z);
+    }
+  }
+}
+
+template <typename T>
+void stream_copy(const T* source, T* target, int64_t count) {
+  constexpr int64_t kSize = Vec<T>::kSize;
+  const auto misalignment = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(target) % kVectorBytes / sizeof(T));
+  int64_t i = std::min(count, (kSize - misalignment) % kSize);
+  std::copy_n(source, i, target);
+  for (; i + kSize <= count; i += kSize) Vec<T>::load(source + i).stream(target + i);
+  std::copy_n(source + i, count - i, target + i);
+  stream_fence();
+}
+
+// Fills `out` by kernel(sample, offset, count, noise, target) for every chunk.
+template <typename T, typename Kernel>
+void fill_chunks(T* out, const Samples& samples, const Noise<T>& noise, const Kernel& kernel) {
+  const bool streamed = samples.batch * samples.n * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+  for_each_chunk(samples, noise, [&](int64_t sample, int64_t, int64_t offset, int64_t count, const T* z) {
+    if (streamed) {
+      alignas(64) T target[kChunk];
+      kernel(sample, offset, count, z, target);
+      stream_copy(target, out + offset, count);
+    } else {
+      kernel(sample, offset, count, z, out + offset);
+    }
+  });
+}
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <typename T>
+void randn(std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
+           int num_threads) {
+  const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
+  fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
+                 [](int64_t, int64_t, int64_t count, const T* z, T* target) { std::copy_n(z, count, target); });
+}
+
+// noisy = c0 * sample + c1 * noise, with coefficients[b] = (c0, c1).
+template <typename T>
+void add_noise(std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients,
+               std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
+  const double* c = pointer<const double>(coefficients);
+  const T* x = pointer<const T>(sample);
+  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
+  fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
+                 [=](int64_t b, int64_t offset, int64_t count, const T* z, T* target) {
+                   const T c0 = static_cast<T>(c[2 * b]), c1 = static_cast<T>(c[2 * b + 1]);
+                   for (int64_t i = 0; i < count; ++i) target[i] = c0 * x[offset + i] + c1 * z[i];
+                 });
+}
+
+// What the model should have predicted, c0 * sample + c1 * noise; `sample` is not read where c0 is 0.
+template <typename T>
+struct Target {
+  const T* sample;
+  const double* coefficients;
+
+  T c0(int64_t b) const { return static_cast<T>(coefficients[2 * b]); }
+  T c1(int64_t b) const { return static_cast<T>(coefficients[2 * b + 1]); }
+  const T* chunk(int64_t b, int64_t offset) const {
+    return coefficients[2 * b] == 0 ? kZeros<T> : sample + offset;
+  }
+};
+
+// The sum of (y - (c0 * x + c1 * z))^2 over one chunk.
+template <typename T>
+T squared_error(const T* y, const T* x, const T* z, T c0, T c1, int64_t count) {
+  using V = Vec<T>;
+  constexpr int64_t kSums = 4;
+  const V v0 = V::broadcast(c0), v1 = V::broadcast(c1);
+  V sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  const auto add = [&](V& sum, V output, V data, V noise) {
+    const V difference = output - (v0 * data + v1 * noise);
+    sum = mul_add(difference, difference, sum);
+  };
+  int64_t i = 0;
+  for (; i + kSums * V::kSize <= count; i += kSums * V::kSize) {
+    for (int64_t s = 0; s < kSums; ++s) {
+      const int64_t j = i + s * V::kSize;
+      add(sums[s], V::load(y + j), V::load(x + j), V::load(z + j));
+    }
+  }
+  for (; i < count; i += V::kSize) {
+    const int64_t rest = std::min(V::kSize, count - i);
+    add(sums[0], V::load_first(y + i, rest), V::load_first(x + i, rest), V::load_first(z + i, rest));
+  }
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// sums[b] = the sum of (model_output - target)^2 over sample b: chunks in T, chunks and blocks added in double in order.
+template <typename T>
+void noise_prediction_loss_forward(std::uintptr_t sums, std::uintptr_t model_output, std::uintptr_t sample,
+                                   std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t seeds,
+                                   int64_t batch, int64_t n, int num_threads) {
+  const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
+  const T* y = pointer<const T>(model_output);
+  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, target.coefficients + 1, 2};
+  const Samples samples = {batch, n, num_threads};
+  const int64_t blocks = samples.blocks();
+  std::vector<double> partial(batch * blocks, 0.0);
+  for_each_chunk(samples, source, [&](int64_t b, int64_t block, int64_t offset, int64_t count, const T* z) {
+    partial[b * blocks + block] +=
+        squared_error(y + offset, target.chunk(b, offset), z, target.c0(b), target.c1(b), count);
+  });
+  for (int64_t b = 0; b < batch; ++b) {
+    double sum = 0;
+    for (int64_t block = 0; block < blocks; ++block) sum += partial[b * blocks + block];
+    pointer<double>(sums)[b] = sum;
+  }
+}
+
+// dmodel_output = 2 * dsums[b] * (model_output - target)
+template <typename T>
+void noise_prediction_loss_backward(std::uintptr_t dmodel_output, std::uintptr_t model_output, std::uintptr_t sample,
+                                    std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t dsums,
+                                    std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
+  const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
+  const T* y = pointer<const T>(model_output);
+  const double* scales = pointer<const double>(dsums);
+  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, target.coefficients + 1, 2};
+  fill_chunks<T>(pointer<T>(dmodel_output), {batch, n, num_threads}, source,
+                 [=](int64_t b, int64_t offset, int64_t count, const T* z, T* dy) {
+                   const T scale = static_cast<T>(2 * scales[b]), c0 = target.c0(b), c1 = target.c1(b);
+                   const T* x = target.chunk(b, offset);
+                   for (int64_t i = 0; i < count; ++i) dy[i] = scale * (y[offset + i] - (c0 * x[i] + c1 * z[i]));
+                 });
+}
+
+// One step from `sample` to `prev_sample`, with coefficients[b] = (p, q, u, w, e, s):
+//   m = unconditional + guidance_scale * (model_output - unconditional), or model_output alone
+//   prev_sample = u * x0 + w * sample + e * m + s * noise, with x0 = p * sample + q * m clipped to +-clip_range
+template <typename T>
+void step(std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_t unconditional_output,
+          std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients, double guidance_scale,
+          double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
+          int num_threads) {
+  const double* all_coefficients = pointer<const double>(coefficients);
+  const T* conditional = pointer<const T>(model_output);
+  const T* unconditional = pointer<const T>(unconditional_output);
+  const T* current = pointer<const T>(sample);
+  const T guidance = static_cast<T>(guidance_scale), high = static_cast<T>(clip_range), low = -high;
+  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), pointer<const int64_t>(streams),
+                           all_coefficients + 5, 6};
+  const auto kernel = [=](int64_t b, int64_t offset, int64_t count, const T* z, T* prev) {
+    const double* c = all_coefficients + 6 * b;
+    const T* x = current + offset;
+    const T* m = conditional + offset;
+    alignas(64) T guided[kChunk];
+    if (unconditional != nullptr) {
+      const T* base = unconditional + offset;
+      for (int64_t i = 0; i < count; ++i) guided[i] = base[i] + guidance * (m[i] - base[i]);
+      m = guided;
+    }
+    const T s = static_cast<T>(c[5]);
+    if (high > 0) {
+      const T p = static_cast<T>(c[0]), q = static_cast<T>(c[1]), u = static_cast<T>(c[2]);
+      const T w = static_cast<T>(c[3]), e = static_cast<T>(c[4]);
+      for (int64_t i = 0; i < count; ++i) {
+        T x0 = p * x[i] + q * m[i];
+        x0 = low > x0 ? low : x0;  // in this order NaN stays NaN
+        x0 = high < x0 ? high : x0;
+        prev[i] = (u * x0 + w * x[i]) + (e * m[i] + s * z[i]);
+      }
+    } else {
+      const T w = static_cast<T>(c[3] + c[2] * c[0]), e = static_cast<T>(c[4] + c[2] * c[1]);
+      for (int64_t i = 0; i < count; ++i) prev[i] = (w * x[i] + e * m[i]) + s * z[i];
+    }
+  };
+  fill_chunks<T>(pointer<T>(prev_sample), {batch, n, num_threads}, source, kernel);
+}
+
+// Philox and Box-Muller on given words, as normal.h and philox.h have them for the device: for tests.
+pybind11::tuple philox4x32_10_words(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const Philox4x32 words = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return pybind11::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+}
+
+pybind11::tuple normal_pair_of_words(uint32_t a, uint32_t b) {
+  const NormalPair pair = normal_pair(a, b);
+  return pybind11::make_tuple(pair.z0, pair.z1);
+}
+
+template <typename T>
+void bind(pybind11::module_& m, const char* dtype) {
+  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  const auto name = [dtype](const char* op) { return std::string(op) + "_" + dtype; };
+  m.def(name("randn").c_str(), &randn<T>, Release());
+  m.def(name("add_noise").c_str(), &add_noise<T>, Release());
+  m.def(name("noise_prediction_loss_forward").c_str(), &noise_prediction_loss_forward<T>, Release());
+  m.def(name("noise_prediction_loss_backward").c_str(), &noise_prediction_loss_backward<T>, Release());
+  m.def(name("step").c_str(), &step<T>, Release());
+}
+
+}  // namespace
+
+void bind_diffusion(pybind11::module_& m) {
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
+  m.def("philox4x32_10", &philox4x32_10_words);
+  m.def("normal_pair", &normal_pair_of_words);
+}
+
+}  // namespace leedl

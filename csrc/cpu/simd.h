@@ -1,0 +1,346 @@
+// Vectors of float and double, as wide as the instruction set that this copy of the module is compiled for.
+//
+// The generic code uses GCC's vector extensions and runs everywhere; intrinsics stand only where those extensions have
+// no name for an instruction. Nothing here depends on the order in which threads run: every reduction has a fixed tree.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace leedl {
+
+#if defined(__AVX512F__)
+constexpr int64_t kVectorBytes = 64;
+constexpr int64_t kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int64_t kVectorBytes = 32;
+constexpr int64_t kVectorRegisters = 16;
+#else
+constexpr int64_t kVectorBytes = 16;
+#if defined(__aarch64__)
+constexpr int64_t kVectorRegisters = 32;
+#else
+constexpr int64_t kVectorRegisters = 16;
+#endif
+#endif
+
+template <typename T>
+struct Vec {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "Vec holds float or double");
+  static constexpr int64_t kSize = kVectorBytes / static_cast<int64_t>(sizeof(T));
+  // typedef, since a using declaration ignores the attribute on a dependent type.
+  typedef T Lanes __attribute__((vector_size(kVectorBytes)));
+  using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Integer Bits __attribute__((vector_size(kVectorBytes)));
+
+  Lanes lanes;
+
+  static Vec zero() { return {Lanes{}}; }
+  static Vec broadcast(T x) { return {x - Lanes{}}; }  // x - 0 keeps the sign of -0; 0 + x would not
+
+  static Vec load(const T* p) {
+    Vec v;
+    std::memcpy(&v.lanes, p, sizeof(Lanes));
+    return v;
+  }
+  void store(T* p) const { std::memcpy(p, &lanes, sizeof(Lanes)); }
+
+  // The first n lanes (0 <= n <= kSize); the other lanes are 0, and their memory is not touched.
+  static Vec load_first(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      return {_mm512_maskz_loadu_ps(first_lanes(n), p)};
+    } else {
+      return {_mm512_maskz_loadu_pd(first_lanes(n), p)};
+    }
+#else
+    Vec v = zero();
+    std::memcpy(&v.lanes, p, n * sizeof(T));
+    return v;
+#endif
+  }
+  void store_first(T* p, int64_t n) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      _mm512_mask_storeu_ps(p, first_lanes(n), lanes);
+    } else {
+      _mm512_mask_storeu_pd(p, first_lanes(n), lanes);
+    }
+#else
+    std::memcpy(p, &lanes, n * sizeof(T));
+#endif
+  }
+
+  // Non-temporal: for outputs larger than the caches. p must be aligned to kVectorBytes; call stream_fence() once after.
+  void stream(T* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(lanes));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(lanes));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(lanes));
+#else
+    store(p);
+#endif
+  }
+
+  friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
+  friend Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
+  friend Vec operator*(Vec a, Vec b) { return {a.lanes * b.lanes}; }
+  friend Vec operator/(Vec a, Vec b) { return {a.lanes / b.lanes}; }
+  friend Vec operator-(Vec a) { return {-a.lanes}; }
+
+#if defined(__AVX512F__)
+ private:
+  static auto first_lanes(int64_t n) {
+    if constexpr (sizeof(T) == 4) {
+      return static_cast<__mmask16>((1u << n) - 1);
+    } else {
+      return static_cast<__mmask8>((1u << n) - 1);
+    }
+  }
+#endif
+};
+
+inline void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// a * b + c with one rounding on every machine; slow where the instruction set has no fma (baseline x86-64).
+template <typename T>
+inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    return {_mm512_fmadd_ps(a.lanes, b.lanes, c.lanes)};
+  } else {
+    return {_mm512_fmadd_pd(a.lanes, b.lanes, c.lanes)};
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(T) == 4) {
+    return {_mm256_fmadd_ps(a.lanes, b.lanes, c.lanes)};
+  } else {
+    return {_mm256_fmadd_pd(a.lanes, b.lanes, c.lanes)};
+  }
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+  if constexpr (sizeof(T) == 4) {
+    return {vfmaq_f32(c.lanes, a.lanes, b.lanes)};
+  } else {
+    return {vfmaq_f64(c.lanes, a.lanes, b.lanes)};
+  }
+#else
+  for (int64_t i = 0; i < Vec<T>::kSize; ++i) c.lanes[i] = std::fma(a.lanes[i], b.lanes[i], c.lanes[i]);
+  return c;
+#endif
+}
+
+// a * b + c, as fast as the instruction set does it: one rounding where it has fma, two where it has not.
+template <typename T>
+inline Vec<T> mul_add(Vec<T> a, Vec<T> b, Vec<T> c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// a > b ? a : b, so that the result is b where either is NaN.
+template <typename T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+#if defined(__AVX512F__)  // masked forms with a full mask: GCC 12 warns about its own unmasked ones
+  if constexpr (sizeof(T) == 4) {
+    return {_mm512_mask_max_ps(a.lanes, 0xffff, a.lanes, b.lanes)};
+  } else {
+    return {_mm512_mask_max_pd(a.lanes, 0xff, a.lanes, b.lanes)};
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) {
+    return {_mm256_max_ps(a.lanes, b.lanes)};
+  } else {
+    return {_mm256_max_pd(a.lanes, b.lanes)};
+  }
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 4) {
+    return {_mm_max_ps(a.lanes, b.lanes)};
+  } else {
+    return {_mm_max_pd(a.lanes, b.lanes)};
+  }
+#else
+  return {a.lanes > b.lanes ? a.lanes : b.lanes};
+#endif
+}
+
+// a < b ? a : b, so that the result is b where either is NaN.
+template <typename T>
+inline Vec<T> min(Vec<T> a, Vec<T> b) {
+  return -max(-a, -b);
+}
+
+namespace detail {
+
+template <typename T, size_t... kLane>
+inline typename Vec<T>::Bits lane_numbers(std::index_sequence<kLane...>) {
+  return typename Vec<T>::Bits{static_cast<typename Vec<T>::Integer>(kLane)...};
+}
+
+}  // namespace detail
+
+// x in the lanes [first, last), `otherwise` in the others; both bounds may lie outside of the vector.
+template <typename T>
+inline Vec<T> keep_lanes(int64_t first, int64_t last, Vec<T> x, Vec<T> otherwise) {
+  using Integer = typename Vec<T>::Integer;
+  const auto lane = detail::lane_numbers<T>(std::make_index_sequence<Vec<T>::kSize>());
+  x.lanes = lane < static_cast<Integer>(last) ? x.lanes : otherwise.lanes;
+  x.lanes = lane < static_cast<Integer>(first) ? otherwise.lanes : x.lanes;
+  return x;
+}
+
+namespace detail {
+
+template <typename T, int64_t kLanes>
+struct Reduce {
+  typedef T Lanes __attribute__((vector_size(kLanes * sizeof(T))));
+  typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
+
+  template <typename Combine>
+  static T run(Lanes x, Combine combine) {
+    Half low, high;
+    std::memcpy(&low, &x, sizeof(Half));
+    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Half), sizeof(Half));
+    return Reduce<T, kLanes / 2>::run(combine(low, high), combine);
+  }
+};
+
+template <typename T>
+struct Reduce<T, 2> {
+  typedef T Lanes __attribute__((vector_size(2 * sizeof(T))));
+
+  template <typename Combine>
+  static T run(Lanes x, Combine combine) {
+    return combine(x[0], x[1]);
+  }
+};
+
+}  // namespace detail
+
+// The sum of all lanes, always by the same tree: lane i with lane i + half, and so on.
+template <typename T>
+inline T reduce_add(Vec<T> x) {
+  return detail::Reduce<T, Vec<T>::kSize>::run(x.lanes, [](auto a, auto b) { return a + b; });
+}
+
+// The largest lane; NaN lanes are passed over unless they meet in the last position.
+template <typename T>
+inline T reduce_max(Vec<T> x) {
+  return detail::Reduce<T, Vec<T>::kSize>::run(x.lanes, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// y, but 0 in the lanes where x < lowest; lanes where x is NaN keep y.
+template <typename T>
+inline Vec<T> zero_below(Vec<T> x, T lowest, Vec<T> y) {
+  return {x.lanes < Vec<T>::broadcast(lowest).lanes ? Vec<T>::zero().lanes : y.lanes};
+}
+
+namespace detail {
+
+// 2^r = 1 + r * (c[0] + r * (c[1] + ...)) on [-1/2, 1/2], minimax in the relative error (2.6e-9 and 1.8e-17), highest first.
+template <typename T>
+struct Exp2;
+
+template <>
+struct Exp2<float> {
+  static constexpr float kCoefficients[] = {0x1.470b48e30bd6ep-13f, 0x1.5f7276bfe7010p-10f, 0x1.3b270e65d3126p-7f,
+                                            0x1.c6ae72e0065ddp-5f,  0x1.ebfbe2c53fd3dp-3f,  0x1.62e43117337b0p-1f, 1.0f};
+  static constexpr float kRound = 0x1.8p23f + 127;  // x + kRound leaves round(x) + 127 in the lowest bits
+  static constexpr int kExponentShift = 23;
+  static constexpr float kLowest = -126.0f;
+};
+
+template <>
+struct Exp2<double> {
+  static constexpr double kCoefficients[] = {0x1.c063841f3a21dp-32, 0x1.e605f964b639dp-28, 0x1.b54167a1b0034p-24,
+                                             0x1.62bfd49ededd3p-20, 0x1.ffcbee3b0a61cp-17, 0x1.43091309610fcp-13,
+                                             0x1.5d87fe7bbbe09p-10, 0x1.3b2ab6fba1e1cp-7,  0x1.c6b08d7048f31p-5,
+                                             0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1,  1.0};
+  static constexpr double kRound = 0x1.8p52 + 1023;
+  static constexpr int kExponentShift = 52;
+  static constexpr double kLowest = -1022.0;
+};
+
+// 2^(n + fraction), where n is the integer that the lowest bits of shifted hold.
+template <typename T>
+inline Vec<T> exp2_scaled(Vec<T> fraction, Vec<T> shifted) {
+  using C = Exp2<T>;
+  Vec<T> y = Vec<T>::broadcast(C::kCoefficients[0]);
+#pragma GCC unroll 16
+  for (size_t i = 1; i < sizeof(C::kCoefficients) / sizeof(T); ++i) {
+    y = mul_add(y, fraction, Vec<T>::broadcast(C::kCoefficients[i]));
+  }
+  const auto scale = reinterpret_cast<typename Vec<T>::Bits>(shifted.lanes) << C::kExponentShift;
+  return y * Vec<T>{reinterpret_cast<typename Vec<T>::Lanes>(scale)};
+}
+
+}  // namespace detail
+
+// 2^x within about one ulp for x < 127.5 (double: 1023.5). Exactly 1 at 0; NaN stays NaN; exactly 0 wherever the true value
+// would be subnormal, -inf included: a subnormal factor makes each multiplication that meets it some hundred cycles long.
+template <typename T>
+inline Vec<T> exp2(Vec<T> x) {
+  using C = detail::Exp2<T>;
+  const Vec<T> round = Vec<T>::broadcast(C::kRound);
+  const Vec<T> shifted = x + round;
+  return zero_below(x, C::kLowest, detail::exp2_scaled(x - (shifted - round), shifted));
+}
+
+// e^x within about one ulp for x < 88.3 (double: 709.4), otherwise as exp2.
+template <typename T>
+inline Vec<T> exp(Vec<T> x) {
+  using C = detail::Exp2<T>;
+  constexpr T kLog2e = static_cast<T>(1.44269504088896340735992468100189214L);
+  constexpr T kLn2High = static_cast<T>(sizeof(T) == 4 ? 0x1.62e4p-1 : 0x1.62e42feep-1);  // n * kLn2High is exact
+  constexpr T kLn2Low = static_cast<T>(0.693147180559945309417232121458176568L - static_cast<long double>(kLn2High));
+  const Vec<T> round = Vec<T>::broadcast(C::kRound);
+  const Vec<T> scaled = x * Vec<T>::broadcast(kLog2e);
+  const Vec<T> shifted = scaled + round;
+  const Vec<T> n = shifted - round;
+  const Vec<T> r = mul_add(n, Vec<T>::broadcast(-kLn2Low), mul_add(n, Vec<T>::broadcast(-kLn2High), x));
+  return zero_below(scaled, C::kLowest, detail::exp2_scaled(r * Vec<T>::broadcast(kLog2e), shifted));
+}
+
+// The natural logarithm within about one ulp, for positive normal x.
+template <typename T>
+inline Vec<T> log(Vec<T> x) {
+  using Bits = typename Vec<T>::Bits;
+  using Integer = typename Vec<T>::Integer;
+  constexpr int kShift = detail::Exp2<T>::kExponentShift;
+  constexpr Integer kHalfSqrt2 = static_cast<Integer>(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
+  constexpr int kTerms = sizeof(T) == 4 ? 4 : 10;
+  constexpr T kLn2High = static_cast<T>(sizeof(T) == 4 ? 0x1.62e4p-1 : 0x1.62e42feep-1);
+  constexpr T kLn2Low = static_cast<T>(0.693147180559945309417232121458176568L - static_cast<long double>(kLn2High));
+  // x = mantissa * 2^exponent with sqrt(1/2) <= mantissa < sqrt(2), and log(mantissa) = 2 atanh((mantissa - 1) / (mantissa + 1)).
+  const Bits bits = reinterpret_cast<Bits>(x.lanes);
+  const Bits exponent = (bits - kHalfSqrt2) >> kShift;
+  const Vec<T> mantissa{reinterpret_cast<typename Vec<T>::Lanes>(bits - (exponent << kShift))};
+  const Vec<T> n{__builtin_convertvector(exponent, typename Vec<T>::Lanes)};
+  const Vec<T> one = Vec<T>::broadcast(1), f = mantissa - one;
+  const Vec<T> t = f / (mantissa + one), t2 = t * t;
+  Vec<T> series = Vec<T>::broadcast(T(1) / (2 * kTerms + 1));
+#pragma GCC unroll 16
+  for (int i = kTerms - 1; i > 0; --i) series = mul_add(series, t2, Vec<T>::broadcast(T(1) / (2 * i + 1)));
+  // f - t * f is 2 t exactly but for rounding; taking f whole leaves the rounding to the small terms.
+  const Vec<T> rest = mul_add(t * t2, series + series, n * Vec<T>::broadcast(kLn2Low)) - t * f;
+  return mul_add(n, Vec<T>::broadcast(kLn2High), f + rest);
+}
+
+}  // namespace leedl

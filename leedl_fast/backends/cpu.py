@@ -1,0 +1,332 @@
+"""The CPU backend: the compiled modules of csrc/cpu, one per instruction set, and one table row per
+op.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leedl_fast import config
+from leedl_fast.backends import Implementation
+
+ISAS = ("avx512", "avx2", "baseline")  # the best first
+MAX_HEAD_DIM = 256
+
+
+@cache
+def modules() -> dict[str, ModuleType]:
+    """The compiled modules that this processor runs, by instruction set, the best first."""
+    return {isa: module for isa in ISAS if not isinstance(module := _load(isa), str)}
+
+
+@cache
+def reasons() -> dict[str, str]:
+    """Why each of the other instruction sets cannot be used here."""
+    return {isa: reason for isa in ISAS if isinstance(reason := _load(isa), str)}
+
+
+@cache
+def _load(isa: str) -> ModuleType | str:
+    """The module for `isa`, or the reason why it cannot run here."""
+    name = f"_cpu_{isa}"
+    try:
+        module = importlib.import_module(f"leedl_fast.{name}")
+    except ModuleNotFoundError:
+        report = Path(__file__).parent.parent / "_build.json"
+        missing = json.loads(report.read_text())["missing"] if report.exists() else {}
+        return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
+    except ImportError as error:
+        return f"{name} cannot be loaded: {error}"
+    return module if module.processor_can_run() else f"this processor has no {isa.upper()}"
+
+
+_forced_isa: str | None = None
+
+
+@torch.compiler.assume_constant_result  # a compiled graph calls the kernels by name, not by this
+def isa() -> str | None:
+    """The instruction set in use, or None when there is no compiled module at all."""
+    return _forced_isa or _default_isa()
+
+
+@cache
+def _default_isa() -> str | None:
+    if config.CPU_ISA is None:
+        return next(iter(modules()), None)
+    _check_isa("LEEDL_FAST_CPU", config.CPU_ISA)
+    return config.CPU_ISA
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Run the kernels of one instruction set, in the whole process: for tests and comparisons."""
+    global _forced_isa
+    _check_isa("isa", isa)
+    before, _forced_isa = _forced_isa, isa
+    try:
+        yield
+    finally:
+        _forced_isa = before
+
+
+def _check_isa(name: str, isa: str) -> None:
+    if isa not in ISAS:
+        raise ValueError(f"{name} must be one of {ISAS}, got {isa!r}")
+    if isa not in modules():
+        raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
+
+
+def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return _entry_point(isa(), name, dtype)
+
+
+@cache
+def _entry_point(isa: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
+    return getattr(modules()[isa], f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def _unsupported(problem: Any) -> str | None:
+    if problem.device.type != "cpu":
+        return f"the tensors are on {problem.device}"
+    if isa() is None:
+        return "; ".join(f"{name}: {reason}" for name, reason in reasons().items())
+    if problem.dtype not in (torch.float32, torch.float64):
+        return f"takes float32 and float64, got {problem.dtype}"
+    return None
+
+
+def _attention_unsupported(problem: Any) -> str | None:
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        sizes = f"{problem.head_dim} and {problem.head_dim_v}"
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
+    return _unsupported(problem)
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    """The strides of (batch, head, seqlen) of each tensor, one after another."""
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+def _attention_forward(
+    problem: Any,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+) -> None:
+    _kernel("attention_forward", problem.dtype)(
+        *map(_pointer, (out, lse, q, k, v, key_lengths)),
+        problem[:7],
+        _strides(out, q, k, v),
+        problem.softmax_scale,
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
+def _attention_backward(
+    problem: Any,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    _kernel("attention_backward", problem.dtype)(
+        *map(_pointer, (dq, dk, dv, dout, dlse, q, k, v, out, lse, key_lengths)),
+        problem[:7],
+        _strides(dq, dk, dv, dout, q, k, v, out),
+        problem.softmax_scale,
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
+def _add_layer_norm_forward(
+    problem: Any,
+    normed: Tensor,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    rows, n = problem.rows, problem.n
+    x, residual = _rows(x, rows, n), _rows(residual, rows, n)
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    _kernel("add_layer_norm_forward", problem.dtype)(
+        *map(_pointer, (normed, summed, mean, rstd, x, residual, weight, bias)),
+        rows,
+        n,
+        x.stride(0),
+        residual.stride(0),
+        problem.eps,
+        problem.norm == "rms",
+        torch.get_num_threads(),
+    )
+
+
+def _rows(x: Tensor, rows: int, n: int) -> Tensor:
+    """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
+    x = x if x.dim() == 2 else x.reshape(rows, n)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _add_layer_norm_backward(
+    problem: Any,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    weight = weight if weight is None else weight.contiguous()
+    dweight_or_none = dweight if weight is not None else None
+    dbias_or_none = dbias if bias is not None else None
+    _kernel("add_layer_norm_backward", problem.dtype)(
+        *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
+        *map(_pointer, (mean, rstd, weight)),
+        problem.rows,
+        problem.n,
+        problem.norm == "rms",
+        torch.get_num_threads(),
+    )
+
+
+def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
+    threads = torch.get_num_threads()
+    run = _kernel("randn", problem.dtype)
+    run(out.data_ptr(), seeds.data_ptr(), 0, problem.batch, problem.n, threads)
+
+
+def _add_noise(
+    problem: Any,
+    noisy: Tensor,
+    sample: Tensor,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    seeds: Tensor | None,
+) -> None:
+    _kernel("add_noise", problem.dtype)(
+        *map(_pointer, (noisy, sample, noise, coefficients, seeds)),
+        problem.batch,
+        problem.n,
+        torch.get_num_threads(),
+    )
+
+
+def _loss_forward(
+    problem: Any,
+    sums: Tensor,
+    model_output: Tensor,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    seeds: Tensor | None,
+) -> None:
+    _kernel("noise_prediction_loss_forward", problem.dtype)(
+        *map(_pointer, (sums, model_output, sample, noise, coefficients, seeds)),
+        problem.batch,
+        problem.n,
+        torch.get_num_threads(),
+    )
+
+
+def _loss_backward(
+    problem: Any,
+    dmodel_output: Tensor,
+    model_output: Tensor,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    dsums: Tensor,
+    seeds: Tensor | None,
+) -> None:
+    _kernel("noise_prediction_loss_backward", problem.dtype)(
+        *map(_pointer, (dmodel_output, model_output, sample, noise, coefficients, dsums, seeds)),
+        problem.batch,
+        problem.n,
+        torch.get_num_threads(),
+    )
+
+
+def _step(
+    problem: Any,
+    prev_sample: Tensor,
+    model_output: Tensor,
+    unconditional_output: Tensor | None,
+    sample: Tensor,
+    noise: Tensor | None,
+    coefficients: Tensor,
+    seeds: Tensor | None,
+    streams: Tensor | None,
+) -> None:
+    _kernel("step", problem.dtype)(
+        *map(_pointer, (prev_sample, model_output, unconditional_output, sample, noise)),
+        coefficients.data_ptr(),
+        problem.guidance_scale,
+        problem.clip_range or 0.0,
+        *map(_pointer, (seeds, streams)),
+        problem.batch,
+        problem.n,
+        torch.get_num_threads(),
+    )
+
+
+TABLE = MappingProxyType(
+    {
+        "attention": Implementation(
+            "cpu",
+            _attention_unsupported,
+            {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+        ),
+        "add_layer_norm": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "add_layer_norm_forward": _add_layer_norm_forward,
+                "add_layer_norm_backward": _add_layer_norm_backward,
+            },
+        ),
+        "diffusion": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "diffusion_randn": _randn,
+                "diffusion_add_noise": _add_noise,
+                "diffusion_noise_prediction_loss_forward": _loss_forward,
+                "diffusion_noise_prediction_loss_backward": _loss_backward,
+                "diffusion_step": _step,
+            },
+        ),
+    }
+)

@@ -1,0 +1,136 @@
+"""The Triton backend: the kernels of leedl_fast.kernels on any GPU, and one table row per op.
+
+On CPU tensors it runs only in Triton's interpreter (TRITON_INTERPRET=1 before the first use): slow,
+for tests.
+"""
+
+from collections.abc import Callable
+from functools import cache, wraps
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leedl_fast.backends import Implementation
+
+MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)  # NVIDIA's Ampere: bfloat16 and asynchronous copies
+
+
+@cache
+def reason() -> str | None:
+    """Why Triton cannot be used at all, or None."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return None
+
+
+@cache
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which takes tensors of any device."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _unsupported(problem: Any) -> str | None:
+    if reason() is not None:
+        return reason()
+    if problem.dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16, got {problem.dtype}"
+    if is_interpreted():
+        return None
+    if problem.device.type != "cuda":
+        return (
+            f"the tensors are on {problem.device}, and Triton's interpreter is off "
+            "(TRITON_INTERPRET=1 turns it on)"
+        )
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(problem.device)
+        if capability < MIN_CAPABILITY:
+            return f"needs compute capability {MIN_CAPABILITY}, got {capability}"
+    return None
+
+
+def _attention_unsupported(problem: Any) -> str | None:
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        sizes = f"{problem.head_dim} and {problem.head_dim_v}"
+        return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
+    return _unsupported(problem)
+
+
+def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Triton launches on the current device: make it the problem's."""
+
+    @wraps(kernel)
+    def run(problem: Any, *tensors: Tensor | None) -> None:
+        device = problem.device
+        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+            kernel(problem, *tensors)
+        else:
+            with torch.cuda.device(device):
+                kernel(problem, *tensors)
+
+    return run
+
+
+@_on_its_device
+def _randn(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import diffusion
+
+    diffusion.randn(*tensors, problem.batch, problem.n)
+
+
+@_on_its_device
+def _add_noise(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import diffusion
+
+    diffusion.add_noise(*tensors, problem.batch, problem.n)
+
+
+@_on_its_device
+def _loss_forward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import diffusion
+
+    diffusion.noise_prediction_loss_forward(*tensors, problem.batch, problem.n)
+
+
+@_on_its_device
+def _loss_backward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import diffusion
+
+    diffusion.noise_prediction_loss_backward(*tensors, problem.batch, problem.n)
+
+
+@_on_its_device
+def _step(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import diffusion
+
+    diffusion.step(
+        *tensors,
+        problem.batch,
+        problem.n,
+        guidance_scale=problem.guidance_scale,
+        clip_range=problem.clip_range,
+    )
+
+
+TABLE = MappingProxyType(
+    {
+        "diffusion": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "diffusion_randn": _randn,
+                "diffusion_add_noise": _add_noise,
+                "diffusion_noise_prediction_loss_forward": _loss_forward,
+                "diffusion_noise_prediction_loss_backward": _loss_backward,
+                "diffusion_step": _step,
+            },
+        ),
+    }
+)

@@ -1,0 +1,57 @@
+"""What runs here and why the rest does not: the body of `leedl-fast doctor`."""
+
+import platform
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import leedl_fast
+from leedl_fast import backends, config
+from leedl_fast.backends import cpu
+
+
+def processor() -> str:
+    """The processor's name, as the machine tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def report(console: Console | None = None) -> bool:
+    """Print the backends, each with its state; True when the compiled CPU backend runs."""
+    console = console or Console()
+    console.print(
+        f"leedl_fast {leedl_fast.__version__}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} threads"
+    )
+    console.print(f"{processor()}, {platform.system()} {platform.machine()}")
+    console.print(
+        f"LEEDL_FAST_CPU={config.CPU_ISA or '(unset)'}  "
+        f"LEEDL_FAST_BACKEND={config.BACKEND or '(unset)'}"
+    )
+    table = Table("backend", "state", "ops")
+    for backend in backends.names():
+        for name, state in _states(backend):
+            table.add_row(name, state, ", ".join(backends.table(backend)))
+    console.print(table)
+    return bool(cpu.modules())
+
+
+def _states(backend: str) -> list[tuple[str, str]]:
+    if backend != "cpu":
+        return [
+            (backend, "[green]runs[/]: plain PyTorch, on any device, for what nothing else takes")
+        ]
+    rows = []
+    for isa in cpu.ISAS:
+        if isa in cpu.modules():
+            state = "[green]runs, in use[/]" if isa == cpu.isa() else "[green]runs[/]"
+        else:
+            state = f"[yellow]does not run[/]: {cpu.reasons()[isa]}"
+        rows.append((f"cpu ({isa})", state))
+    return rows

@@ -1,0 +1,7 @@
+"""The contract of every op: checks, outputs, autograd, the public function. One file per op."""
+
+from leedl_fast.ops import diffusion
+from leedl_fast.ops.add_layer_norm import add_layer_norm
+from leedl_fast.ops.attention import attention
+
+__all__ = ["add_layer_norm", "attention", "diffusion"]

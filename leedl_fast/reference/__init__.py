@@ -1,0 +1,9 @@
+"""The mathematics of every op in plain, differentiable PyTorch: the oracle, and the "eager"
+backend.
+"""
+
+from leedl_fast.reference import diffusion
+from leedl_fast.reference.add_layer_norm import add_layer_norm
+from leedl_fast.reference.attention import attention
+
+__all__ = ["add_layer_norm", "attention", "diffusion"]

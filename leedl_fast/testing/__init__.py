@@ -1,0 +1,1 @@
+"""What tests, benchmarks and users' own checks share: sample problems, comparison, timing."""

@@ -1,0 +1,273 @@
+"""Sample problems of every op: the sizes at which kernels break."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from leedl_fast.ops import add_layer_norm, attention, diffusion
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One problem of one op.
+
+    shapes: of the differentiable inputs, by name, in the order of the function's arguments.
+    call: function(tensors, backend) -> outputs.
+    scale: factor on the standard normal inputs.
+    transposed: the inputs lie in memory as (batch, seqlen, heads, head_dim).
+    """
+
+    op: str
+    name: str
+    shapes: Mapping[str, tuple[int, ...]]
+    call: Callable[..., tuple[Tensor, ...]]
+    scale: float = 1.0
+    transposed: bool = False
+    offset: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs in float64, the same at every call."""
+        generator = torch.Generator().manual_seed(0)
+        return {
+            name: self.scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+            for name, shape in self.shapes.items()
+        }
+
+    def inputs(self, rounded_to: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The inputs rounded to one dtype and kept in another, as leaves, in the case's layout."""
+        return {
+            name: self._laid_out(x.to(rounded_to).to(dtype)).requires_grad_()
+            for name, x in self.tensors().items()
+        }
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        if self.transposed:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.offset:  # the same numbers, not aligned to a vector
+            storage = x.new_empty(x.numel() + self.offset)
+            return storage[self.offset :].view(x.shape).copy_(x)
+        return x
+
+    def run(self, tensors: Tensors, backend: str | None) -> tuple[Tensor, ...]:
+        return self.call(tensors, backend=backend, **self.options)
+
+
+def _attention(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
+    lengths = options.pop("key_lengths", None)
+    key_lengths = None if lengths is None else torch.tensor(lengths, dtype=torch.int64)
+    out, lse = attention(
+        *tensors.values(), key_lengths=key_lengths, return_lse=True, backend=backend, **options
+    )
+    return out, lse
+
+
+def _attention_case(
+    name: str,
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    head_dim: int,
+    *,
+    heads_k: int | None = None,
+    seqlen_k: int | None = None,
+    head_dim_v: int | None = None,
+    scale: float = 1.0,
+    transposed: bool = False,
+    offset: int = 0,
+    **options: Any,
+) -> Case:
+    heads_k = heads if heads_k is None else heads_k
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    shapes = {
+        "q": (batch, heads, seqlen_q, head_dim),
+        "k": (batch, heads_k, seqlen_k, head_dim),
+        "v": (batch, heads_k, seqlen_k, head_dim_v),
+    }
+    return Case("attention", name, shapes, _attention, scale, transposed, offset, options)
+
+
+_case = _attention_case
+ATTENTION = (
+    _case("one", 1, 1, 1, 1),
+    _case("full", 2, 3, 64, 32),
+    _case("full-odd", 1, 2, 67, 17),
+    _case("full-long", 1, 1, 700, 64),
+    _case("causal", 2, 2, 65, 64, causal=True),
+    _case("causal-prime", 1, 3, 257, 40, causal=True),
+    _case("causal-more-keys", 1, 2, 33, 16, seqlen_k=97, causal=True),
+    _case("causal-fewer-keys", 1, 2, 97, 16, seqlen_k=33, causal=True),
+    _case("window", 1, 2, 300, 64, window=(31, 17)),
+    _case("window-causal", 2, 1, 513, 32, window=100, causal=True),
+    _case("window-self-only", 1, 1, 50, 8, window=(0, 0)),
+    _case("window-left-unlimited", 1, 1, 200, 24, window=(None, 5)),
+    _case("window-right-unlimited", 1, 1, 200, 24, window=(5, None)),
+    _case("window-as-wide-as-the-sequence", 1, 2, 96, 16, window=96),
+    _case("window-more-keys", 1, 2, 129, 48, seqlen_k=400, window=(64, 3)),
+    _case("window-fewer-keys", 1, 2, 400, 48, seqlen_k=129, window=(64, 3)),
+    _case("gqa", 2, 6, 63, 32, heads_k=2, causal=True),
+    _case("mqa-window", 1, 4, 190, 16, heads_k=1, window=(20, 9)),
+    _case("key-lengths", 4, 2, 70, 32, key_lengths=(70, 1, 0, 33)),
+    _case("key-lengths-window", 3, 2, 150, 16, window=(40, 20), key_lengths=(150, 77, 64)),
+    _case("cross", 2, 2, 5, 64, seqlen_k=129),
+    _case("one-query", 2, 4, 1, 64, seqlen_k=333, heads_k=2),
+    _case("one-key", 1, 2, 100, 16, seqlen_k=1),
+    _case("value-wider", 1, 2, 80, 16, head_dim_v=72),
+    _case("value-narrower", 1, 2, 80, 72, head_dim_v=3),
+    _case("head-dim-80", 1, 2, 130, 80, causal=True),
+    _case("head-dim-96", 1, 1, 130, 96, window=(33, 0)),
+    _case("head-dim-128", 1, 1, 140, 128, causal=True),
+    _case("head-dim-256", 1, 1, 90, 256, window=16),
+    _case("transposed", 2, 3, 100, 32, transposed=True, window=(30, 30)),
+    _case("unaligned", 1, 2, 77, 20, offset=1, causal=True),
+    _case("huge-scores", 1, 2, 90, 32, scale=40.0, window=(50, 50)),
+    _case("scaled", 1, 2, 64, 32, softmax_scale=0.3),
+    _case("no-keys", 1, 2, 9, 8, seqlen_k=0),
+    _case("no-queries", 1, 2, 0, 8, seqlen_k=9),
+    _case("no-batch", 0, 2, 9, 8),
+)
+
+
+def _add_layer_norm(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
+    x, residual = tensors["x"], tensors["residual"]
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    return add_layer_norm(x, residual, weight, bias, backend=backend, **options)
+
+
+def _add_layer_norm_case(
+    name: str,
+    shape: tuple[int, ...],
+    weight: bool = True,
+    bias: bool = True,
+    *,
+    scale: float = 1.0,
+    offset: int = 0,
+    transposed: bool = False,
+    **options: Any,
+) -> Case:
+    shapes = {"x": shape, "residual": shape}
+    shapes |= {"weight": shape[-1:]} if weight else {}
+    shapes |= {"bias": shape[-1:]} if bias else {}
+    return Case("add_layer_norm", name, shapes, _add_layer_norm, scale, transposed, offset, options)
+
+
+ADD_LAYER_NORM = (
+    _add_layer_norm_case("one", (1, 1)),
+    _add_layer_norm_case("row", (77,)),
+    _add_layer_norm_case("small", (64, 256)),
+    _add_layer_norm_case("odd", (3, 5, 67)),
+    _add_layer_norm_case("many-rows", (1031, 33)),
+    _add_layer_norm_case("long-rows", (5, 4099)),
+    _add_layer_norm_case("parallel", (700, 512)),
+    _add_layer_norm_case("no-weight", (9, 48), weight=False),
+    _add_layer_norm_case("no-bias", (9, 48), bias=False),
+    _add_layer_norm_case("plain", (9, 48), weight=False, bias=False),
+    _add_layer_norm_case("rms", (33, 100), bias=False, norm="rms"),
+    _add_layer_norm_case("rms-bias", (7, 129), norm="rms"),
+    _add_layer_norm_case("eps", (9, 48), scale=1e-3, eps=1e-2),
+    _add_layer_norm_case("huge", (9, 48), scale=1e4),
+    _add_layer_norm_case("unaligned", (11, 50), offset=1),
+    _add_layer_norm_case("no-rows", (0, 16)),
+)
+
+_SCHEDULE = diffusion.NoiseSchedule.linear(1000)
+_SHAPE = (3, 5, 7, 9)
+_TIMESTEPS = (999, 0, 417)
+
+
+def _timesteps(values: int | tuple[int, ...]) -> int | Tensor:
+    return values if isinstance(values, int) else torch.tensor(values)
+
+
+def _diffusion(
+    tensors: Tensors,
+    backend: str | None,
+    *,
+    function: str,
+    t: int | tuple[int, ...],
+    **options: Any,
+) -> tuple[Tensor]:
+    if "prev_timesteps" in options:
+        options["prev_timesteps"] = _timesteps(options["prev_timesteps"])
+    tensors = dict(tensors)
+    first, timesteps = tensors.pop(next(iter(tensors))), _timesteps(t)
+    if function == "add_noise":
+        arguments = (first, timesteps, _SCHEDULE)
+    else:
+        sample = tensors.pop("sample")
+        order = (sample, timesteps) if function == "noise_prediction_loss" else (timesteps, sample)
+        arguments = (first, *order, _SCHEDULE)
+    call = getattr(diffusion, function)
+    return (call(*arguments, backend=backend, **tensors, **options),)
+
+
+def _diffusion_case(
+    name: str,
+    function: str,
+    shape: tuple[int, ...] = _SHAPE,
+    t: int | tuple[int, ...] = _TIMESTEPS,
+    *,
+    extra: tuple[str, ...] = (),
+    **options: Any,
+) -> Case:
+    names = ("sample",) if function == "add_noise" else ("model_output", "sample")
+    shapes = dict.fromkeys((*names, *extra), shape)
+    call = partial(_diffusion, function=function, t=t)
+    return Case("diffusion", f"{function}-{name}", shapes, call, options=options)
+
+
+_BIG = (2, 3, 100, 101)
+DIFFUSION = (
+    _diffusion_case("seed", "add_noise", seed=7),
+    _diffusion_case("noise", "add_noise", extra=("noise",)),
+    _diffusion_case("parallel", "add_noise", _BIG, 500, seed=-1),
+    _diffusion_case("vector", "add_noise", (5,), 3, seed=2**63),
+    _diffusion_case("empty", "add_noise", (0, 3), 3, seed=1),
+    *(
+        _diffusion_case(kind, "noise_prediction_loss", seed=7, prediction_type=kind)
+        for kind in ("epsilon", "v_prediction", "sample")
+    ),
+    _diffusion_case("sum", "noise_prediction_loss", _BIG, 500, seed=3, reduction="sum"),
+    _diffusion_case(
+        "noise", "noise_prediction_loss", extra=("noise",), prediction_type="v_prediction"
+    ),
+    *(
+        _diffusion_case(kind, "ddpm_step", seed=7, prediction_type=kind)
+        for kind in ("epsilon", "v_prediction", "sample")
+    ),
+    _diffusion_case("clip", "ddpm_step", t=(1, 500, 30), seed=7, clip_range=1.0),
+    _diffusion_case("large", "ddpm_step", t=40, seed=7, variance="fixed_large"),
+    _diffusion_case("noise", "ddpm_step", extra=("noise",)),
+    _diffusion_case("parallel", "ddpm_step", _BIG, 500, seed=3),
+    _diffusion_case("stride", "ddpm_step", t=(40, 20, 19), prev_timesteps=(20, -1, 0), seed=1),
+    *(
+        _diffusion_case(kind, "ddim_step", prediction_type=kind, prev_timesteps=(899, -1, 317))
+        for kind in ("epsilon", "v_prediction", "sample")
+    ),
+    _diffusion_case("eta", "ddim_step", t=500, prev_timesteps=400, eta=0.7, seed=7),
+    _diffusion_case("clip", "ddim_step", t=300, prev_timesteps=250, clip_range=1.0),
+    _diffusion_case(
+        "guidance", "ddim_step", t=500, extra=("unconditional_output",), guidance_scale=7.5
+    ),
+    _diffusion_case(
+        "guidance-clip",
+        "ddpm_step",
+        t=500,
+        extra=("unconditional_output",),
+        guidance_scale=3.0,
+        clip_range=1.5,
+        seed=1,
+    ),
+)
+
+CASES = (*ATTENTION, *ADD_LAYER_NORM, *DIFFUSION)

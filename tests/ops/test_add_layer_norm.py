@@ -1,0 +1,101 @@
+"""Properties of residual + LayerNorm that a comparison of numbers does not show, and its errors."""
+
+import pytest
+import torch
+
+from leedl_fast import add_layer_norm
+from leedl_fast.backends import cpu
+
+ISA = pytest.mark.parametrize("isa", cpu.modules())
+
+
+def _gradients(x: torch.Tensor, weight: torch.Tensor, **options: object) -> list[torch.Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    normed, summed = add_layer_norm(x, 2 * x, weight, weight, backend="cpu", **options)
+    scale = torch.linspace(-1, 1, normed.numel()).view_as(normed)
+    loss = (normed * scale + summed * scale.square()).sum()
+    return [normed, summed, *torch.autograd.grad(loss, (x, weight))]
+
+
+@ISA
+@pytest.mark.parametrize("shape", [(1500, 96), (5, 20000)], ids=str)
+def test_threads_and_runs_change_no_bit(isa: str, shape: tuple[int, int]) -> None:
+    x, weight = torch.randn(shape), torch.randn(shape[-1])
+    before = torch.get_num_threads()
+    try:
+        with cpu.use_isa(isa):
+            results = []
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                results.append(_gradients(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@ISA
+def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
+    x, weight = torch.randn(700, 130), torch.randn(130)
+    with cpu.use_isa(isa):
+        whole = add_layer_norm(x, x, weight, backend="cpu")[0]
+        for row in (0, 1, 350, 699):
+            single = add_layer_norm(x[row : row + 1], x[row : row + 1], weight, backend="cpu")[0]
+            assert torch.equal(single[0], whole[row])
+
+
+@ISA
+def test_a_large_mean_does_not_drown_the_variance(isa: str) -> None:
+    """One pass with sums of squares in float32 would see no variance here."""
+    x = torch.randn(4, 512) + 3000
+    with cpu.use_isa(isa):
+        normed, summed = add_layer_norm(x, torch.zeros_like(x), backend="cpu")
+    expected = torch.nn.functional.layer_norm(summed.double(), (512,)).float()
+    torch.testing.assert_close(normed, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+def test_any_strides(layout: str) -> None:
+    x = {
+        "transposed": torch.randn(6, 5, 8).transpose(0, 1),
+        "sliced": torch.randn(5, 6, 20)[..., 3:11],
+        "expanded": torch.randn(1, 6, 1).expand(5, 6, 8),
+    }[layout]
+    for actual, expected in zip(
+        add_layer_norm(x, x.flip(0), backend="cpu"),
+        add_layer_norm(x, x.flip(0), backend="eager"),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_only_one_output_is_used() -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    summed = add_layer_norm(x, x, backend="cpu")[1]
+    (gradient,) = torch.autograd.grad(summed.sum(), x)
+    assert torch.equal(gradient, torch.full_like(x, 2))
+    (gradient,) = torch.autograd.grad(add_layer_norm(x, x, backend="cpu")[0].sum(), x)
+    torch.testing.assert_close(gradient, torch.zeros_like(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"residual": torch.ones(3, 7)}, ValueError, r"residual must have shape \(3, 8\), got"),
+        ({"residual": torch.ones(3, 8).double()}, TypeError, "residual must have the dtype of x"),
+        ({"weight": torch.ones(3)}, ValueError, r"weight must have shape \(8,\), got \(3,\)"),
+        ({"bias": torch.ones(8, 1)}, ValueError, r"bias must have shape \(8,\), got \(8, 1\)"),
+        ({"bias": torch.ones(8, device="meta")}, ValueError, "bias must be on the device of x"),
+        ({"x": torch.ones(3, 8).int()}, TypeError, "x must be float32.*, got torch.int32"),
+        ({"x": torch.ones(()), "residual": torch.ones(())}, ValueError, "x must have a last dim"),
+        ({"x": None}, TypeError, "x must be a torch.Tensor, got NoneType"),
+        ({"eps": float("inf")}, ValueError, "eps must be finite, got inf"),
+        ({"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
+        ({"norm": "batch"}, ValueError, r"norm must be one of \('layer', 'rms'\), got 'batch'"),
+    ],
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {"x": torch.ones(3, 8), "residual": torch.ones(3, 8), **change}
+    with pytest.raises(error, match=message):
+        add_layer_norm(**arguments)

@@ -1,0 +1,187 @@
+"""Properties of attention that a comparison of numbers does not show, and its errors."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from leedl_fast import attention
+from leedl_fast.backends import cpu
+from leedl_fast.reference.attention import visible_keys
+
+ISA = pytest.mark.parametrize("isa", cpu.modules())
+
+
+def _qkv(*sizes: int, heads_k: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    batch, heads, seqlen_q, seqlen_k, head_dim = sizes
+    return [
+        torch.randn(batch, h, s, head_dim, dtype=dtype, requires_grad=True)
+        for h, s in ((heads, seqlen_q), (heads_k, seqlen_k), (heads_k, seqlen_k))
+    ]
+
+
+def _all(tensors: list[Tensor], **options: object) -> list[Tensor]:
+    """out, lse, dq, dk, dv."""
+    out, lse = attention(*tensors, return_lse=True, backend="cpu", **options)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    visible = lse.isfinite()
+    loss = (out * weights).sum() + lse.where(visible, 0).sum()
+    return [out, lse, *torch.autograd.grad(loss, tensors)]
+
+
+OPTIONS = [
+    {},
+    {"causal": True},
+    {"window": (100, 30)},
+    {"window": 64, "causal": True, "key_lengths": (700, 350)},
+]
+
+
+@ISA
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_threads_and_runs_change_no_bit(isa: str, options: dict) -> None:
+    options = dict(options)
+    if "key_lengths" in options:
+        options["key_lengths"] = torch.tensor(options["key_lengths"])
+    tensors = _qkv(2, 4, 650, 700, 32)
+    before = torch.get_num_threads()
+    try:
+        with cpu.use_isa(isa):
+            results = []
+            for threads in (1, 2, 3, 2):
+                torch.set_num_threads(threads)
+                results.append(_all(tensors, **options))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@ISA
+def test_a_sample_does_not_depend_on_its_batch(isa: str) -> None:
+    tensors = _qkv(3, 4, 300, 300, 48)
+    with cpu.use_isa(isa):
+        whole = _all(tensors, window=(70, 20))
+        for b in range(3):
+            single = [x[b : b + 1].detach().requires_grad_() for x in tensors]
+            out, lse = attention(*single, window=(70, 20), return_lse=True, backend="cpu")
+            assert torch.equal(out, whole[0][b : b + 1])
+            assert torch.equal(lse, whole[1][b : b + 1])
+
+
+@ISA
+def test_a_window_as_wide_as_the_sequence_is_none(isa: str) -> None:
+    tensors = _qkv(1, 2, 130, 130, 32)
+    with cpu.use_isa(isa):
+        for windowed, full in zip(_all(tensors, window=130), _all(tensors), strict=True):
+            torch.testing.assert_close(windowed, full)
+
+
+@ISA
+def test_a_constant_added_to_all_scores_changes_only_lse(isa: str) -> None:
+    """k + c adds q . c to a query's scores, the same number for all of its keys."""
+    q, k, v = _qkv(1, 2, 90, 90, 16, dtype=torch.float64)
+    c = torch.randn(16, dtype=torch.float64)
+    with cpu.use_isa(isa):
+        out, lse = attention(q, k, v, window=20, return_lse=True, backend="cpu")
+        shifted, shifted_lse = attention(q, k + c, v, window=20, return_lse=True, backend="cpu")
+    torch.testing.assert_close(shifted, out)
+    torch.testing.assert_close(shifted_lse, lse + q @ c / 4)
+
+
+@ISA
+def test_keys_that_are_not_visible_may_hold_anything(isa: str) -> None:
+    q, k, v = _qkv(1, 2, 200, 200, 32)
+    lengths = torch.tensor([117])
+    with cpu.use_isa(isa):
+        expected = _all([q, k, v], window=50, key_lengths=lengths)
+        poisoned_k, poisoned_v = k.detach().clone(), v.detach().clone()
+        poisoned_k[:, :, 117:] = torch.nan
+        poisoned_v[:, :, 117:] = torch.inf
+        actual = _all(
+            [q, poisoned_k.requires_grad_(), poisoned_v.requires_grad_()],
+            window=50,
+            key_lengths=lengths,
+        )
+    for got, wanted in zip(actual, expected, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@ISA
+def test_rows_that_see_nothing_are_zero(isa: str) -> None:
+    tensors = _qkv(1, 2, 60, 20, 16)
+    with cpu.use_isa(isa):
+        out, lse, dq, dk, dv = _all(tensors, causal=True)  # the first 40 queries see no key
+    assert torch.equal(out[:, :, :40], torch.zeros(1, 2, 40, 16))
+    assert (lse[:, :, :40] == -torch.inf).all()
+    assert torch.equal(dq[:, :, :40], torch.zeros(1, 2, 40, 16))
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
+
+
+def test_the_documented_masks() -> None:
+    causal = visible_keys(2, 4, 6, 0, None, torch.device("cpu"))
+    windowed = visible_keys(2, 4, 1, 0, None, torch.device("cpu"))
+    assert causal is not None
+    assert windowed is not None
+    assert causal.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert windowed.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_the_output_keeps_the_storage_order_of_q() -> None:
+    q, k, v = (torch.randn(2, 5, 3, 8).transpose(1, 2) for _ in range(3))
+    out = attention(q, k, v, backend="cpu")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_a_strided_last_dimension_and_its_gradients() -> None:
+    q = torch.randn(1, 2, 8, 5).transpose(2, 3).requires_grad_()
+    out = attention(q, q, q, backend="cpu")
+    expected = attention(q, q, q, backend="eager")
+    torch.testing.assert_close(out, expected)
+    (gradient,) = torch.autograd.grad(out.sum(), q)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), q)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"q": torch.ones(2, 3, 4)}, ValueError, "q must have 4 dimensions"),
+        ({"q": [1.0]}, TypeError, "q must be a torch.Tensor, got list"),
+        ({"q": torch.ones(2, 4, 5, 8).long()}, TypeError, "q must be float32.* got torch.int64"),
+        ({"k": torch.ones(2, 2, 7, 9)}, ValueError, r"k must have shape \(2, 2, 7, 8\), got"),
+        ({"k": torch.ones(2, 2, 7, 8).double()}, TypeError, "k must have the dtype of q, torch.f"),
+        ({"v": torch.ones(2, 2, 6, 8)}, ValueError, r"v must have shape \(2, 2, 7, 8\), got"),
+        ({"v": torch.ones(2, 2, 7, 8, device="meta")}, ValueError, "v must be on the device of q"),
+        (
+            {"k": torch.ones(2, 3, 7, 8), "v": torch.ones(2, 3, 7, 8)},
+            ValueError,
+            "heads of q must be a multiple of the heads of k, got 4 heads of q and 3 of k",
+        ),
+        ({"window": -1}, ValueError, r"window must not be negative .*, got \(-1, -1\)"),
+        ({"window": (2, -3)}, ValueError, r"window must not be negative .*, got \(2, -3\)"),
+        ({"window": (1, 2, 3)}, ValueError, r"window must be \(left, right\), got \(1, 2, 3\)"),
+        ({"window": 1.5}, TypeError, "window must be an int, got 1.5 of type float"),
+        ({"causal": 1}, TypeError, "causal must be a bool, got 1 of type int"),
+        ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+        ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got '1'"),
+        ({"key_lengths": torch.tensor([1, 8])}, ValueError, r"must lie in \[0, 7\], got 8"),
+        ({"key_lengths": torch.tensor([-1, 2])}, ValueError, r"must lie in \[0, 7\], got -1"),
+        ({"key_lengths": torch.tensor([1])}, ValueError, r"key_lengths must have shape \(2,\)"),
+        ({"key_lengths": torch.ones(2)}, TypeError, "key_lengths must be int64 or int32"),
+        ({"key_lengths": [1, 2]}, TypeError, "key_lengths must be a torch.Tensor, got list"),
+        ({"backend": "triton2"}, ValueError, "backend must be one of .*, got 'triton2'"),
+    ],
+    ids=lambda value: re.sub(r"\W+", "-", str(value))[:40] if isinstance(value, str) else "",
+)
+def test_bad_input_is_named(change: dict, error: type[Exception], message: str) -> None:
+    arguments = {
+        "q": torch.ones(2, 4, 5, 8),
+        "k": torch.ones(2, 2, 7, 8),
+        "v": torch.ones(2, 2, 7, 8),
+        **change,
+    }
+    with pytest.raises(error, match=message):
+        attention(**arguments)

@@ -1,0 +1,208 @@
+"""What the contract promises for every op: the compiler's checks, gradients to second order, no
+fallback.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import leedl_fast
+from leedl_fast import add_layer_norm, attention, diffusion, use_backend
+from leedl_fast.backends import select
+from leedl_fast.ops.contract import OPERATORS
+from leedl_fast.testing.compare import poisoned_outputs
+
+SCHEDULE = diffusion.NoiseSchedule.linear(100)
+TIMESTEPS = torch.tensor([3, 50])
+SEEDS = torch.tensor([5, 6])
+Inputs = tuple[Tensor, ...]
+
+
+def _randn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Inputs:
+    generator = torch.Generator().manual_seed(3)
+    return tuple(
+        torch.randn(s, generator=generator, dtype=dtype, requires_grad=True) for s in shapes
+    )
+
+
+QKV = ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 2))
+LAYER_NORM = ((2, 3, 5), (2, 3, 5), (5,), (5,))
+IMAGES = ((2, 3, 2), (2, 3, 2))
+CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
+    "attention": (
+        QKV,
+        lambda *x: attention(*x, window=(3, 2), backend="cpu", return_lse=True),
+    ),
+    "attention-key-lengths": (
+        QKV,
+        lambda *x: attention(*x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"),
+    ),
+    "layer_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, backend="cpu")),
+    "rms_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, norm="rms", backend="cpu")),
+    "add_noise": (
+        IMAGES[:1],
+        lambda x: diffusion.add_noise(x, TIMESTEPS, SCHEDULE, seed=SEEDS, backend="cpu"),
+    ),
+    "noise_prediction_loss": (
+        IMAGES,
+        lambda m, x: diffusion.noise_prediction_loss(
+            m, x, TIMESTEPS, SCHEDULE, seed=SEEDS, prediction_type="v_prediction", backend="cpu"
+        ),
+    ),
+    "ddpm_step": (
+        IMAGES,
+        lambda m, x: diffusion.ddpm_step(m, TIMESTEPS, x, SCHEDULE, seed=SEEDS, backend="cpu"),
+    ),
+    "ddim_step": (
+        IMAGES * 2,
+        lambda m, x, n, u: diffusion.ddim_step(
+            m,
+            TIMESTEPS,
+            x,
+            SCHEDULE,
+            eta=0.5,
+            noise=n,
+            clip_range=3.0,
+            unconditional_output=u,
+            guidance_scale=2.0,
+            backend="cpu",
+        ),
+    ),
+}
+ALL = pytest.mark.parametrize("name", CALLS)
+
+
+@ALL
+def test_gradients_match_finite_differences(name: str) -> None:
+    shapes, call = CALLS[name]
+    assert torch.autograd.gradcheck(call, _randn(*shapes))
+
+
+@ALL
+def test_second_derivatives_match_finite_differences(name: str) -> None:
+    shapes, call = CALLS[name]
+    assert torch.autograd.gradgradcheck(call, _randn(*shapes))
+
+
+def test_second_derivatives_of_a_tensor_passed_three_times() -> None:
+    (x,) = _randn((1, 2, 5, 3))
+    assert torch.autograd.gradgradcheck(lambda x: attention(x, x, x, backend="cpu"), (x,))
+
+
+@ALL
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_to_one_graph(name: str, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    shapes, call = CALLS[name]
+
+    def gradients(function: Callable, inputs: Inputs) -> Inputs:
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs + torch.autograd.grad(sum(x.square().sum() for x in outputs), inputs)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with poisoned_outputs() as ran:
+        actual = gradients(compiled, _randn(*shapes))
+    assert ran
+    for result, expected in zip(actual, gradients(call, _randn(*shapes)), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+def _operator_inputs(name: str, grad: bool) -> tuple:
+    """Arguments of the operator `name`, float32, with the backend last."""
+    q, k, v = (x.detach().requires_grad_(grad) for x in _randn(*QKV, dtype=torch.float32))
+    x, residual, weight, bias = (
+        x.detach().requires_grad_(grad) for x in _randn(*LAYER_NORM, dtype=torch.float32)
+    )
+    model_output, sample = (
+        x.detach().requires_grad_(grad) for x in _randn(*IMAGES, dtype=torch.float32)
+    )
+    out, lse = torch.rand(2, 4, 5, 2), torch.rand(2, 4, 5)
+    two, six = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
+    window = (0.5, 3, 2)
+    arguments = {
+        "attention_forward": (q, k, v, None, *window),
+        "attention_backward": (out, lse, q, k, v, torch.tensor([7, 2]), out, lse, *window),
+        "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
+        "add_layer_norm_backward": (
+            *(x, residual, x, torch.rand(6), torch.rand(6), weight, bias),
+            *(1e-5, "layer"),
+        ),
+        "diffusion_randn": (SEEDS, (2, 5), torch.float32),
+        "diffusion_add_noise": (sample, None, two, SEEDS),
+        "diffusion_noise_prediction_loss_forward": (model_output, sample, None, two, SEEDS),
+        "diffusion_noise_prediction_loss_backward": (
+            *(model_output, sample, None, two),
+            *(torch.rand(2, dtype=torch.float64), SEEDS),
+        ),
+        "diffusion_step": (model_output, None, sample, None, six, SEEDS, TIMESTEPS, 1.0, None),
+    }
+    return *arguments[name], "cpu"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("grad", [False, True], ids=["no-grad", "grad"])
+def test_opcheck(name: str, grad: bool) -> None:
+    differentiable = name.endswith(("_forward", "add_noise", "_step"))
+    operator = getattr(torch.ops.leedl_fast, name).default
+    torch.library.opcheck(operator, _operator_inputs(name, grad and differentiable))
+
+
+def test_an_explicit_backend_never_falls_back() -> None:
+    q = torch.randn(1, 1, 4, 300)
+    attention(q, q, q)
+    with pytest.raises(NotImplementedError, match="cpu: head_dim must be at most 256, got 300"):
+        attention(q, q, q, backend="cpu")
+    with use_backend("cpu"), pytest.raises(NotImplementedError, match="head_dim"):
+        attention(q, q, q)
+
+
+def test_use_backend_nests_and_ends() -> None:
+    x = torch.randn(3, 8)
+    with poisoned_outputs() as ran:
+        with use_backend("eager"):
+            add_layer_norm(x, x)
+            assert ran == []
+            with use_backend("cpu"):
+                add_layer_norm(x, x)
+            assert ran == ["add_layer_norm_forward"]
+            add_layer_norm(x, x)
+        assert len(ran) == 1
+        add_layer_norm(x, x)
+        assert len(ran) == 2
+
+
+def test_use_backend_is_seen_by_compiled_code() -> None:
+    torch._dynamo.reset()
+    x = torch.randn(3, 8)
+    compiled = torch.compile(add_layer_norm, fullgraph=True, backend="aot_eager")
+    with poisoned_outputs() as ran:
+        compiled(x, x)
+        assert "add_layer_norm_forward" in ran
+        ran.clear()
+        with use_backend("eager"):
+            compiled(x, x)
+        assert ran == []
+
+
+@pytest.mark.parametrize("backend", ["gpu", "", "CPU"])
+def test_an_unknown_backend_is_named(backend: str) -> None:
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got '" + backend):
+        add_layer_norm(x, x, backend=backend)
+    with pytest.raises(ValueError, match=r"backend must be one of"), use_backend(backend):
+        pass
+
+
+def test_every_backend_gives_its_reason() -> None:
+    problem = OPERATORS["diffusion_randn"].describe(SEEDS, (2, 5), torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="cpu: takes float32 and float64, got"):
+        select("diffusion", problem, "cpu")
+    assert select("diffusion", problem).backend == "eager"
+
+
+def test_the_public_names() -> None:
+    for name in leedl_fast.__all__:
+        assert getattr(leedl_fast, name).__doc__
