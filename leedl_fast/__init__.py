@@ -1,7 +1,24 @@
 """Fused kernels for the layers of attention and diffusion models, as drop-in PyTorch layers."""
 
-from leedl_fast.backends import use_backend
-from leedl_fast.ops import add_layer_norm, attention, diffusion
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from leedl_fast.backends import use_backend
+    from leedl_fast.ops import add_layer_norm, attention, diffusion
 
 __version__ = "0.1.0"
 __all__ = ["add_layer_norm", "attention", "diffusion", "use_backend"]
+
+# Imported on first use: PyTorch takes seconds, and `leedl-fast --help` needs none of it.
+_HOME = {"use_backend": "backends", "add_layer_norm": "ops", "attention": "ops", "diffusion": "ops"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -46,6 +46,8 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:  # `| head` has seen enough: Typer ends quietly
+        raise
     except (
         ValueError,
         NotImplementedError,
@@ -69,16 +71,24 @@ def doctor() -> None:
 @app.command()
 @_one_line_errors()
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and repetitions.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes: about 5 minutes.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench_report"),
     op: Annotated[
-        list[str] | None, typer.Option(help="Only this op; may be given several times.")
+        list[str] | None, typer.Option(help="Only this op, or gpt; may be given several times.")
     ] = None,
+    backend: Annotated[str, typer.Option(help="The backend beside PyTorch's own.")] = "cpu",
+    save_results: Annotated[
+        bool, typer.Option("--save-results", help="Also keep the numbers of this kind of machine.")
+    ] = False,
 ) -> None:
     """Time every op beside PyTorch's own, check its numbers, and write a report."""
-    from leedl_fast.benchmarks.run import bench as run_bench
-
-    run_bench(quick=quick, output=output, ops=op)
+    try:
+        from leedl_fast.benchmarks.run import bench as run_bench
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the benchmarks need more packages: pip install 'leedl_fast[bench]' ({error})"
+        ) from error
+    run_bench(quick, output, op, backend=backend, save_results=save_results)
 
 
 def _option(help: str, default: object, *names: str) -> object:
@@ -116,7 +126,7 @@ def train_gpt(
         Path | None, _option("A text file in UTF-8.", "the Python documentation")
     ] = None,
     backend: Annotated[
-        str | None, _option("cpu or eager.", "the fastest that takes each problem")
+        str | None, _option("One that `doctor` lists.", "the fastest that takes each problem")
     ] = None,
     validate_every: Annotated[
         int | None, _option("Steps between validations.", _DEFAULTS.validate_every)
@@ -200,7 +210,7 @@ def sample_gpt(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     backend: Annotated[
-        str | None, _option("cpu or eager.", "the fastest that takes each problem")
+        str | None, _option("One that `doctor` lists.", "the fastest that takes each problem")
     ] = None,
 ) -> None:
     """Continue a text, character by character."""
@@ -218,7 +228,7 @@ def sample_gpt(
         top_p=top_p,
         seed=seed,
     )
-    with use_backend(backend):
+    with contextlib.nullcontext() if backend is None else use_backend(backend):
         for number, character in enumerate(text):
             if number == 0:  # by now the options are known to be good
                 sys.stdout.write(prompt)

@@ -1,0 +1,1 @@
+"""Real data for the models, from what is installed already or from the user's own files."""

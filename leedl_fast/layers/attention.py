@@ -1,0 +1,188 @@
+"""Multi-head attention: one projection, heads as views, the fused `attention` op."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leedl_fast.ops.attention import Window, attention
+
+
+class MultiHeadAttention(nn.Module):
+    """`out_proj(concat_h attention(q_h, k_h, v_h))` with q, k, v projected from the inputs.
+
+    Parameters are named and laid out as in `torch.nn.MultiheadAttention`, so a state dict of one
+    loads into the other (for num_heads_k = num_heads).
+
+    Args:
+        embed_dim: width of the inputs and of the output; a multiple of num_heads.
+        num_heads: heads of the queries; a multiple of num_heads_k.
+        num_heads_k: heads of the keys and values (grouped-query attention); None means num_heads.
+        causal: query i sees no key after i (bottom-right aligned when the lengths differ).
+        window: None, w or (left, right): which keys around its own position a query sees,
+            inclusive; w means (w, w), or (w, 0) when causal.
+        bias: whether the projections have biases.
+        dropout: probability of dropping an attention weight while training. The op has no such
+            dropout, so anything but 0 is an error in training mode; it means nothing in eval mode.
+
+    Shapes: query (batch, seqlen_q, embed_dim), key and value (batch, seqlen_k, embed_dim),
+    key_lengths int64 (batch,); the output is (batch, seqlen_q, embed_dim).
+
+    Paper: Vaswani et al., "Attention Is All You Need", section 3.2.2.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_heads_k: int | None = None,
+        causal: bool = False,
+        window: Window = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        num_heads_k = num_heads if num_heads_k is None else num_heads_k
+        for name, value in (("num_heads", num_heads), ("num_heads_k", num_heads_k)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(
+                f"embed_dim must be a positive multiple of num_heads ({num_heads}), got {embed_dim}"
+            )
+        if num_heads % num_heads_k:
+            raise ValueError(
+                f"num_heads must be a multiple of num_heads_k ({num_heads_k}), got {num_heads}"
+            )
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_heads_k = num_heads_k
+        self.head_dim = embed_dim // num_heads
+        self.causal = causal
+        self.window = window
+        self.dropout = dropout
+        self.embed_dim_k = num_heads_k * self.head_dim
+
+        in_features = embed_dim + 2 * self.embed_dim_k
+        self.in_proj_weight = nn.Parameter(
+            torch.empty(in_features, embed_dim, device=device, dtype=dtype)
+        )
+        if bias:
+            self.in_proj_bias = nn.Parameter(torch.empty(in_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("in_proj_bias", None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if self.in_proj_bias is not None:
+            nn.init.zeros_(self.in_proj_bias)
+            nn.init.zeros_(self.out_proj.bias)
+
+    @classmethod
+    def from_torch(
+        cls,
+        module: nn.MultiheadAttention,
+        *,
+        causal: bool = False,
+        window: Window = None,
+    ) -> MultiHeadAttention:
+        """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
+        if module.in_proj_weight is None:
+            raise ValueError(
+                f"kdim and vdim must equal embed_dim ({module.embed_dim}), "
+                f"got {module.kdim} and {module.vdim}"
+            )
+        if module.bias_k is not None or module.add_zero_attn:
+            raise ValueError(
+                "add_bias_kv and add_zero_attn must be off, "
+                f"got {module.bias_k is not None} and {module.add_zero_attn}"
+            )
+        copy = cls(
+            module.embed_dim,
+            module.num_heads,
+            causal=causal,
+            window=window,
+            bias=module.in_proj_bias is not None,
+            dropout=module.dropout,
+            device=module.in_proj_weight.device,
+            dtype=module.in_proj_weight.dtype,
+        )
+        copy.load_state_dict(module.state_dict())
+        return copy.train(module.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Self-attention of `query`, or cross-attention when `key` (and `value`) are given."""
+        if self.training and self.dropout > 0:
+            raise NotImplementedError(
+                f"attention dropout must be 0 in training mode, got {self.dropout}"
+            )
+        self._check("query", query)
+        if key is None and value is not None:
+            raise ValueError("key must be given when value is, got None")
+        if key is not None:
+            self._check("key", key)
+        if value is not None:
+            self._check("value", value)
+
+        q, k, v = self._project(query, key, value)
+        out = attention(
+            self._split_heads(q, self.num_heads),
+            self._split_heads(k, self.num_heads_k),
+            self._split_heads(v, self.num_heads_k),
+            causal=self.causal,
+            window=self.window,
+            key_lengths=key_lengths,
+        )
+        heads = cast(Tensor, out).transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
+        return self.out_proj(heads.flatten(2))
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.embed_dim:
+            raise ValueError(
+                f"{name} must have shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}"
+            )
+
+    def _project(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As few matrix products as the inputs allow: equal inputs share one."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        sizes = [self.embed_dim, self.embed_dim_k, self.embed_dim_k]
+        if key is None or (key is query and (value is None or value is query)):
+            q, k, v = F.linear(query, weight, bias).split(sizes, dim=-1)
+            return q, k, v
+
+        weight_q, weight_kv = weight.split([sizes[0], sizes[1] + sizes[2]])
+        bias_q, bias_kv = (None, None) if bias is None else bias.split([sizes[0], 2 * sizes[1]])
+        q = F.linear(query, weight_q, bias_q)
+        if value is None or value is key:
+            k, v = F.linear(key, weight_kv, bias_kv).split(sizes[1:], dim=-1)
+            return q, k, v
+        weight_k, weight_v = weight_kv.split(sizes[1:])
+        bias_k, bias_v = (None, None) if bias_kv is None else bias_kv.split(sizes[1:])
+        return q, F.linear(key, weight_k, bias_k), F.linear(value, weight_v, bias_v)
+
+    def _split_heads(self, x: Tensor, num_heads: int) -> Tensor:
+        """A view: (batch, seqlen, num_heads * head_dim) -> (batch, num_heads, seqlen, head_dim)."""
+        return x.unflatten(2, (num_heads, self.head_dim)).transpose(1, 2)
+
+    def extra_repr(self) -> str:
+        return (
+            f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
+            f"num_heads_k={self.num_heads_k}, causal={self.causal}, window={self.window}"
+        )

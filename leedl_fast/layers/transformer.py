@@ -1,0 +1,317 @@
+"""Transformer encoder and decoder layers, and stacks of them.
+
+Every residual addition is fused with a normalisation by `add_layer_norm`. In post-norm layers the
+two stand together. In pre-norm layers the addition that ends one sublayer is fused with the
+normalisation that begins the next, across layers too: `forward_residual` takes and returns the
+pair (branch, residual) whose sum is the stream.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from leedl_fast.layers.add_layer_norm import AddLayerNorm
+from leedl_fast.layers.attention import MultiHeadAttention
+from leedl_fast.layers.feed_forward import Activation, activation_function, feed_forward
+from leedl_fast.ops.attention import Window
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and feed-forward network, each with residual connection and normalisation.
+
+    Parameters are named and laid out as in `torch.nn.TransformerEncoderLayer`.
+
+    Args:
+        embed_dim, num_heads, num_heads_k, causal, window: see MultiHeadAttention.
+        hidden_dim: width of the feed-forward network; None means 4 * embed_dim.
+        activation: "relu", "gelu", "gelu_tanh", "silu" or a function.
+        dropout: probability of dropping a value of a branch, or a hidden value of the
+            feed-forward network, while training.
+        attention_dropout: see `dropout` of MultiHeadAttention.
+        norm_first: normalise the input of each sublayer (pre-norm) instead of the sum (post-norm).
+        eps: see AddLayerNorm.
+        bias: whether linears and norms have biases.
+
+    Shapes: x (batch, seqlen, embed_dim), key_lengths int64 (batch,); returns x's shape.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_heads_k: int | None = None,
+        hidden_dim: int | None = None,
+        causal: bool = False,
+        window: Window = None,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.norm_first = norm_first
+        self.activation = activation_function(activation)
+        self.self_attn = MultiHeadAttention(
+            embed_dim,
+            num_heads,
+            num_heads_k=num_heads_k,
+            causal=causal,
+            window=window,
+            bias=bias,
+            dropout=attention_dropout,
+            **factory,
+        )
+        self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias, **factory)
+        self.norm1 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
+        self.norm2 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.TransformerEncoderLayer, *, causal: bool = False, window: Window = None
+    ) -> TransformerEncoderLayer:
+        """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
+        return _copy_layer(cls, module, causal=causal, window=window)
+
+    def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
+        if self.norm_first:
+            branch, residual = self.forward_residual(x, None, key_lengths=key_lengths)
+            return residual + branch
+        x, _ = self.norm1(self._attention(x, key_lengths), x)
+        x, _ = self.norm2(self._feed_forward(x), x)
+        return x
+
+    def forward_residual(
+        self, branch: Tensor, residual: Tensor | None, *, key_lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
+        normed, residual = self.norm1(branch, residual)
+        branch = self._attention(normed, key_lengths)
+        normed, residual = self.norm2(branch, residual)
+        return self._feed_forward(normed), residual
+
+    def _attention(self, x: Tensor, key_lengths: Tensor | None) -> Tensor:
+        return self.dropout1(self.self_attn(x, key_lengths=key_lengths))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.dropout2(hidden)
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention, cross-attention to `memory`, and feed-forward network.
+
+    Parameters are named and laid out as in `torch.nn.TransformerDecoderLayer`; arguments are those
+    of TransformerEncoderLayer. `causal` (here the default) and `window` hold for self-attention:
+    cross-attention sees the whole memory.
+
+    Shapes: x (batch, seqlen, embed_dim), memory (batch, seqlen_memory, embed_dim), key_lengths and
+    memory_lengths int64 (batch,); returns x's shape.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_heads_k: int | None = None,
+        hidden_dim: int | None = None,
+        causal: bool = True,
+        window: Window = None,
+        activation: Activation = "relu",
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        norm_first: bool = False,
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        heads: dict[str, Any] = {
+            "num_heads_k": num_heads_k,
+            "bias": bias,
+            "dropout": attention_dropout,
+            **factory,
+        }
+        self.norm_first = norm_first
+        self.activation = activation_function(activation)
+        self.self_attn = MultiHeadAttention(
+            embed_dim, num_heads, causal=causal, window=window, **heads
+        )
+        self.multihead_attn = MultiHeadAttention(embed_dim, num_heads, **heads)
+        self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias, **factory)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias, **factory)
+        self.norm1 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
+        self.norm2 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
+        self.norm3 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.TransformerDecoderLayer, *, causal: bool = True, window: Window = None
+    ) -> TransformerDecoderLayer:
+        """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
+        return _copy_layer(cls, module, causal=causal, window=window)
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        if self.norm_first:
+            branch, residual = self.forward_residual(
+                x, None, memory, key_lengths=key_lengths, memory_lengths=memory_lengths
+            )
+            return residual + branch
+        x, _ = self.norm1(self._self_attention(x, key_lengths), x)
+        x, _ = self.norm2(self._cross_attention(x, memory, memory_lengths), x)
+        x, _ = self.norm3(self._feed_forward(x), x)
+        return x
+
+    def forward_residual(
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        memory: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
+        normed, residual = self.norm1(branch, residual)
+        branch = self._self_attention(normed, key_lengths)
+        normed, residual = self.norm2(branch, residual)
+        branch = self._cross_attention(normed, memory, memory_lengths)
+        normed, residual = self.norm3(branch, residual)
+        return self._feed_forward(normed), residual
+
+    def _self_attention(self, x: Tensor, key_lengths: Tensor | None) -> Tensor:
+        return self.dropout1(self.self_attn(x, key_lengths=key_lengths))
+
+    def _cross_attention(self, x: Tensor, memory: Tensor, memory_lengths: Tensor | None) -> Tensor:
+        return self.dropout2(self.multihead_attn(x, memory, key_lengths=memory_lengths))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
+        return self.dropout3(hidden)
+
+
+class _Stack(nn.Module):
+    """Layers one after another, then an optional norm; names as in torch.nn's stacks."""
+
+    def __init__(self, layers: Iterable[nn.Module], norm: AddLayerNorm | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        orders = {layer.norm_first for layer in self.layers}
+        if len(orders) != 1:
+            raise ValueError(f"layers must be at least one and of one norm_first, got {orders}")
+        self.norm_first = orders.pop()
+
+    def _run(self, x: Tensor, *memory: Tensor, **lengths: Tensor | None) -> Tensor:
+        layers = cast(Iterable[Any], self.layers)
+        if self.norm_first:
+            branch: Tensor = x
+            residual: Any = None
+            for layer in layers:
+                branch, residual = layer.forward_residual(branch, residual, *memory, **lengths)
+            return residual + branch if self.norm is None else self.norm(branch, residual)[0]
+        for layer in layers:
+            x = layer(x, *memory, **lengths)
+        return x if self.norm is None else self.norm(x)[0]
+
+
+class TransformerEncoder(_Stack):
+    """A stack of TransformerEncoderLayer, with an optional norm at its end."""
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.TransformerEncoder, *, causal: bool = False, window: Window = None
+    ) -> TransformerEncoder:
+        """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
+        layers = [
+            TransformerEncoderLayer.from_torch(layer, causal=causal, window=window)
+            for layer in module.layers
+        ]
+        return cls(layers, _copy_norm(module.norm))
+
+    def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
+        return self._run(x, key_lengths=key_lengths)
+
+
+class TransformerDecoder(_Stack):
+    """A stack of TransformerDecoderLayer, with an optional norm at its end."""
+
+    @classmethod
+    def from_torch(
+        cls, module: nn.TransformerDecoder, *, causal: bool = True, window: Window = None
+    ) -> TransformerDecoder:
+        """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
+        layers = [
+            TransformerDecoderLayer.from_torch(layer, causal=causal, window=window)
+            for layer in module.layers
+        ]
+        return cls(layers, _copy_norm(module.norm))
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        memory_lengths: Tensor | None = None,
+    ) -> Tensor:
+        return self._run(x, memory, key_lengths=key_lengths, memory_lengths=memory_lengths)
+
+
+_Layer = TypeVar("_Layer", TransformerEncoderLayer, TransformerDecoderLayer)
+
+
+def _copy_norm(norm: Any) -> AddLayerNorm | None:
+    return None if norm is None else AddLayerNorm.from_torch(norm)
+
+
+def _copy_layer(cls: type[_Layer], module: Any, *, causal: bool, window: Window) -> _Layer:
+    """Both layer classes: torch's constructor options read back from its module, then the state."""
+    weight = module.linear1.weight
+    layer = cls(
+        module.self_attn.embed_dim,
+        module.self_attn.num_heads,
+        hidden_dim=module.linear1.out_features,
+        causal=causal,
+        window=window,
+        activation=copy.deepcopy(module.activation),
+        dropout=module.dropout.p,
+        attention_dropout=module.self_attn.dropout,
+        norm_first=module.norm_first,
+        eps=module.norm1.eps,
+        bias=module.linear1.bias is not None,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    layer.load_state_dict(module.state_dict())
+    return layer.train(module.training)

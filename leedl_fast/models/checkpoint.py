@@ -1,0 +1,53 @@
+"""Checkpoint files: written whole or not at all, read without running code from them."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEY = "leedl_fast"  # where a checkpoint says which model it holds, and how that was trained
+FORMAT = 1
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Under a temporary name first: killed at any time, `path` is the old file or the new one."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path, model: str) -> dict[str, Any]:
+    """The checkpoint at `path`, which must be one of `model` (a name, such as "gpt")."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is no file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load has no type of its own for a broken file
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"checkpoint must be a whole file written by training, got {str(path)!r} ({reason})"
+        ) from error
+    about = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(
+            f"checkpoint must be one of format {FORMAT} written by leedl_fast, got {str(path)!r}"
+        )
+    if about.get("model") != model:
+        raise ValueError(f"checkpoint must hold a {model} model, got one of {about.get('model')}")
+    return checkpoint

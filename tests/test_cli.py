@@ -1,0 +1,151 @@
+"""The command line as a user meets it; what concerns a whole process runs in one of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import leedl_fast
+from leedl_fast.cli import app
+
+ROOT = Path(leedl_fast.__file__).parent.parent  # for processes that begin in other folders
+
+TINY = [
+    *("--steps", "6", "--batch-size", "2", "--context", "16", "--layers", "1", "--width", "16"),
+    *("--heads", "2", "--window", "4", "--checkpoint-every", "2", "--validate-every", "3"),
+]
+ENDLESS = ["train", "gpt", *TINY, "--steps", 100_000, "--checkpoint-every", 1]
+
+
+def run(*arguments):
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, list(map(str, arguments)))
+
+
+def start(*arguments, folder):
+    return subprocess.Popen(
+        [sys.executable, "-m", "leedl_fast.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where a process trained a tiny model with the default output."""
+    folder = tmp_path_factory.mktemp("cli")
+    process = start("train", "gpt", *TINY, folder=folder)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert output.startswith("step 3/6: loss ")
+    assert "read on with: leedl-fast sample gpt --checkpoint runs/gpt-1/last.ckpt" in output
+    assert errors == ""  # none of Lightning's notices
+    return folder
+
+
+def assert_refused(result, message):
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_help_lists_the_commands_without_importing_torch():
+    check = (
+        "import sys, leedl_fast.cli as cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert result.returncode == 0, "--help imports torch"
+    for name in ("doctor", "bench", "train", "sample"):
+        assert name in result.stdout
+
+
+def test_help_of_training_tells_the_defaults():
+    text = " ".join(run("train", "gpt", "--help").stdout.split())
+    for part in ("--window", "--resume", "--backend", "Default: 1000.", "the Python documentation"):
+        assert part in text
+
+
+def test_doctor():
+    result = run("doctor")
+    assert result.exit_code == 0
+    assert "eager" in result.stdout
+
+
+def test_sample_streams_text(folder):
+    checkpoint = folder / "runs/gpt-1/last.ckpt"
+    options = ["--prompt", "def ", "--tokens", 30, "--top-k", 5, "--top-p", 0.9]
+    result = run("sample", "gpt", "--checkpoint", checkpoint, *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("def ")
+    assert len(result.stdout) == 4 + 30 + 1
+
+
+def test_the_default_output_is_a_new_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    result = run("train", "gpt", *TINY, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert "runs/gpt-2/last.ckpt" in result.stdout
+    assert result.stdout.startswith("6 steps:")
+
+
+def test_resume_goes_on_where_the_checkpoint_is(folder, tmp_path):
+    arguments = ["train", "gpt", "--resume", folder / "runs/gpt-1/last.ckpt", "--output", tmp_path]
+    result = run(*arguments, "--steps", 8, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("8 steps:")
+    assert_refused(run(*arguments, "--layers", 2), "layers is 1 in the checkpoint")
+    assert_refused(run(*arguments), "steps must be more than the 6")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "broken.ckpt").write_bytes(b"PK")
+    train = ["train", "gpt", *TINY, "--output", tmp_path / "run"]
+    for arguments, message in (
+        ([*train, "--data", tmp_path / "empty.txt"], "data must not be empty"),
+        ([*train, "--heads", 3], "embed_dim must be a positive multiple of num_heads (3), got 16"),
+        ([*train, "--backend", "tpu"], "backend must be one of"),
+        (["train", "gpt", "--resume", tmp_path / "broken.ckpt"], "checkpoint must be a whole file"),
+        (["train", "gpt", "--full", "--window", 3], "--full and --window must not both be given"),
+        (["train", "gpt", "--output", tmp_path / "empty.txt"], "output must be a writable folder"),
+        (["sample", "gpt", "--checkpoint", tmp_path / "nothing"], "checkpoint must be a file"),
+    ):
+        assert_refused(run(*arguments), message)
+    result = run("train", "xyz")
+    assert result.exit_code == 2
+    assert "xyz" in result.stderr
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    process = start(*ENDLESS, "--output", tmp_path, folder=tmp_path)
+    process.stdout.readline()  # the first validation is done: training runs
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert f"; go on with: leedl-fast train gpt --resume {tmp_path}/last.ckpt" in errors
+    done = int(errors.removeprefix("stopped after step ").split(";")[0])
+    result = run("train", "gpt", "--resume", tmp_path / "last.ckpt", "--steps", done + 2, "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith(f"{done + 2} steps:")
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
+    process = start(*ENDLESS, "--output", tmp_path, "--quiet", folder=tmp_path)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "last.ckpt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    result = run("sample", "gpt", "--checkpoint", tmp_path / "last.ckpt", "--tokens", 3)
+    assert result.exit_code == 0, result.stderr
