@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leedl_fast.backends import use_backend
-    from leedl_fast.ops import add_layer_norm, attention, diffusion
+    from leedl_fast.ops import diffusion
+    from leedl_fast.ops.add_layer_norm import add_layer_norm
+    from leedl_fast.ops.attention import attention
 
 __version__ = "0.1.0"
 __all__ = ["add_layer_norm", "attention", "diffusion", "use_backend"]

@@ -72,7 +72,7 @@ def doctor() -> None:
 @_one_line_errors()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes: about 5 minutes.")] = False,
-    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench_report"),
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench-report"),
     op: Annotated[
         list[str] | None, typer.Option(help="Only this op, or gpt; may be given several times.")
     ] = None,

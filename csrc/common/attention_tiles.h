@@ -1,8 +1,9 @@
 // Which keys a query sees and which queries see a key, for hosts and devices alike.
 //
 // Query i sees key j when i + shift - window_left <= j <= i + shift + window_right and j < key_end, where
-// shift = seqlen_k - seqlen_q: the last query stands at the last key. Both begins and both ends grow with their argument, so
-// a range of queries sees [begin(first), end(last)) together, and a range is empty when its end is not above its begin.
+// shift = seqlen_k - seqlen_q: the last query stands at the last key. Both begins and both ends grow with their
+// argument, so a range of queries sees [begin(first), end(last)) together, and a range is empty when its end is not
+// above its begin.
 #pragma once
 
 #include <cstdint>

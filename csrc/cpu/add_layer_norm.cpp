@@ -7,19 +7,18 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <initializer_list>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include "bindings.h"
+#include "huge_pages.h"
 #include "simd.h"
 
 namespace leedl {
 namespace {
 
-constexpr int64_t kSerialElements = 65536;     // smaller problems are done before a second thread has woken up
-constexpr int64_t kStreamedBytes = 32 << 20;   // larger outputs pass by the caches
+constexpr int64_t kSerialElements = 65536;  // smaller problems are done before a second thread has woken up
 constexpr int kRowsTogether = 4;
 
 // Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements.
@@ -28,7 +27,6 @@ struct Whole {
   int64_t j;
   Vec<T> load(const T* row) const { return Vec<T>::load(row + j); }
   void store(Vec<T> v, T* row) const { v.store(row + j); }
-  void stream(Vec<T> v, T* row) const { v.stream(row + j); }
   Vec<T> keep(Vec<T> v) const { return v; }
 };
 
@@ -37,7 +35,6 @@ struct Rest {
   int64_t j, count;
   Vec<T> load(const T* row) const { return Vec<T>::load_first(row + j, count); }
   void store(Vec<T> v, T* row) const { v.store_first(row + j, count); }
-  void stream(Vec<T> v, T* row) const { store(v, row); }
   Vec<T> keep(Vec<T> v) const {  // zeros beyond the row's end
     T lanes[Vec<T>::kSize];
     v.store(lanes);
@@ -81,7 +78,7 @@ struct Forward {
   const T* bias;
   int64_t n, x_row_stride, residual_row_stride;
   T eps;
-  bool rms, streamed;
+  bool rms;
 
   template <int kRows>
   void run(int64_t first_row) const {
@@ -114,28 +111,32 @@ struct Forward {
       rstd[first_row + i] = rstds[i];
       if (!rms) mean[first_row + i] = means[i] + left;
     }
-    for_each_vector<T>(0, n, [&](auto at) {
-      for (int i = 0; i < kRows; ++i) {
-        const V sum = at.load(x_row[i]) + at.load(residual_row[i]);
-        V out = mul_add(sum - V::broadcast(means[i]), V::broadcast(rstds[i]), V::broadcast(offsets[i]));
-        if (weight != nullptr && bias != nullptr) {
-          out = mul_add(out, at.load(weight), at.load(bias));
-        } else if (weight != nullptr) {
-          out = out * at.load(weight);
-        } else if (bias != nullptr) {
-          out = out + at.load(bias);
-        }
-        T* summed_row = summed + (first_row + i) * n;
-        T* normed_row = normed + (first_row + i) * n;
-        if (streamed) {
-          at.stream(sum, summed_row);
-          at.stream(out, normed_row);
-        } else {
-          at.store(sum, summed_row);
-          at.store(out, normed_row);
-        }
-      }
-    });
+    for (int i = 0; i < kRows; ++i) {
+      write_row(x_row[i], residual_row[i], means[i], rstds[i], offsets[i], (first_row + i) * n);
+    }
+  }
+
+  void write_row(const T* x_row, const T* residual_row, T row_mean, T row_rstd, T row_offset, int64_t offset) const {
+    using V = Vec<T>;
+    const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd), shift = V::broadcast(row_offset);
+    T* const summed_row = summed + offset;
+    T* const normed_row = normed + offset;
+    const auto write = [=](const auto& affine) {
+      for_each_vector<T>(0, n, [=](auto at) {
+        const V sum = at.load(x_row) + at.load(residual_row);
+        at.store(sum, summed_row);
+        at.store(affine(at, mul_add(sum - mean_lanes, scale, shift)), normed_row);
+      });
+    };
+    if (weight != nullptr && bias != nullptr) {
+      write([w = weight, b = bias](auto at, V v) { return mul_add(v, at.load(w), at.load(b)); });
+    } else if (weight != nullptr) {
+      write([w = weight](auto at, V v) { return v * at.load(w); });
+    } else if (bias != nullptr) {
+      write([b = bias](auto at, V v) { return v + at.load(b); });
+    } else {
+      write([](auto, V v) { return v; });
+    }
   }
 };
 
@@ -149,7 +150,7 @@ struct Backward {
   const T* rstd;
   const T* weight;
   int64_t n;
-  bool rms, streamed;
+  bool rms;
 
   // Adds the rows' terms to dweight and dbias where they are not null.
   template <int kRows>
@@ -160,16 +161,16 @@ struct Backward {
       means[i] = rms ? 0 : mean[first_row + i];
       rstds[i] = rstd[first_row + i];
     }
-    const T* dy_rows = dnormed + first_row * n;
-    const T* summed_rows = summed + first_row * n;
+    const T *const dy_rows = dnormed + first_row * n, *const summed_rows = summed + first_row * n, *const w = weight;
+    const int64_t stride = n;
     T totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
     row_sums<T, 2 * kRows>(n, totals, [&](auto at, V* sums) {
       V dw = dweight != nullptr ? at.load(dweight) : V::zero();
       V db = dbias != nullptr ? at.load(dbias) : V::zero();
       for (int i = 0; i < kRows; ++i) {
-        const V dy = at.load(dy_rows + i * n);
-        const V normalized = (at.load(summed_rows + i * n) - V::broadcast(means[i])) * V::broadcast(rstds[i]);
-        const V dnormalized = weight != nullptr ? dy * at.load(weight) : dy;
+        const V dy = at.load(dy_rows + i * stride);
+        const V normalized = (at.load(summed_rows + i * stride) - V::broadcast(means[i])) * V::broadcast(rstds[i]);
+        const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
         sums[2 * i] = sums[2 * i] + dnormalized;
         sums[2 * i + 1] = mul_add(dnormalized, normalized, sums[2 * i + 1]);
         dw = mul_add(dy, normalized, dw);
@@ -182,21 +183,24 @@ struct Backward {
       totals[2 * i] = rms ? 0 : totals[2 * i] / static_cast<T>(n);
       totals[2 * i + 1] /= static_cast<T>(n);
     }
-    for_each_vector<T>(0, n, [&](auto at) {
-      for (int i = 0; i < kRows; ++i) {
-        const V dy = at.load(dy_rows + i * n);
-        const V normalized = (at.load(summed_rows + i * n) - V::broadcast(means[i])) * V::broadcast(rstds[i]);
-        const V dnormalized = weight != nullptr ? dy * at.load(weight) : dy;
-        V out = (dnormalized - V::broadcast(totals[2 * i])) - normalized * V::broadcast(totals[2 * i + 1]);
-        out = out * V::broadcast(rstds[i]);
-        const int64_t row = (first_row + i) * n;
-        if (dsummed != nullptr) out = out + at.load(dsummed + row);
-        if (streamed) {
-          at.stream(out, dx + row);
-        } else {
-          at.store(out, dx + row);
-        }
-      }
+    for (int i = 0; i < kRows; ++i) {
+      write_row(means[i], rstds[i], totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
+    }
+  }
+
+  void write_row(T row_mean, T row_rstd, T dnormalized_mean, T product_mean, int64_t offset) const {
+    using V = Vec<T>;
+    const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd);
+    const V constant = V::broadcast(dnormalized_mean), slope = V::broadcast(product_mean);
+    const T *const dy_row = dnormed + offset, *const summed_row = summed + offset, *const w = weight;
+    const T* const dsummed_row = dsummed != nullptr ? dsummed + offset : nullptr;
+    T* const dx_row = dx + offset;
+    for_each_vector<T>(0, n, [=](auto at) {
+      const V dy = at.load(dy_row);
+      const V normalized = (at.load(summed_row) - mean_lanes) * scale;
+      const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
+      const V out = ((dnormalized - constant) - normalized * slope) * scale;
+      at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dx_row);
     });
   }
 };
@@ -209,15 +213,6 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
     run(std::integral_constant<int, kRowsTogether>(), row);
   }
   for (; row < end; ++row) run(std::integral_constant<int, 1>(), row);
-}
-
-template <typename T>
-bool is_streamed(int64_t rows, int64_t n, std::initializer_list<const T*> outputs) {
-  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(T));
-  if (rows * row_bytes < kStreamedBytes || row_bytes % kVectorBytes != 0) return false;
-  return std::all_of(outputs.begin(), outputs.end(), [](const T* output) {
-    return reinterpret_cast<std::uintptr_t>(output) % kVectorBytes == 0;
-  });
 }
 
 // Rows of one task. The blocks are also the partition by which dweight and dbias are summed: at least 16 rows, so that the
@@ -236,15 +231,15 @@ void add_layer_norm_forward(std::uintptr_t normed, std::uintptr_t summed, std::u
                             bool rms, int num_threads) {
   const Forward<T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<T>(mean), pointer<T>(rstd),
                               pointer<const T>(x), pointer<const T>(residual), pointer<const T>(weight),
-                              pointer<const T>(bias), n, x_row_stride, residual_row_stride, static_cast<T>(eps), rms,
-                              is_streamed<T>(rows, n, {pointer<const T>(normed), pointer<const T>(summed)})};
+                              pointer<const T>(bias), n, x_row_stride, residual_row_stride, static_cast<T>(eps), rms};
+  advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
+  advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
   const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * n >= kSerialElements)
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
   for (int64_t block = 0; block < blocks; ++block) {
     for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
       forward.template run<decltype(together)::value>(row);
     });
-    if (forward.streamed) stream_fence();
   }
 }
 
@@ -270,19 +265,19 @@ void add_layer_norm_backward(std::uintptr_t dx, std::uintptr_t dweight, std::uin
                              std::uintptr_t weight, int64_t rows, int64_t n, bool rms, int num_threads) {
   const Backward<T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
                                 pointer<const T>(summed), pointer<const T>(mean), pointer<const T>(rstd),
-                                pointer<const T>(weight), n, rms, is_streamed<T>(rows, n, {pointer<const T>(dx)})};
+                                pointer<const T>(weight), n, rms};
+  advise_huge_pages(backward.dx, rows * n * static_cast<int64_t>(sizeof(T)));
   const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
   const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
   const int64_t block_stride = dweight_size + dbias_size;
   std::vector<T> partial(blocks * block_stride, 0);
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * n >= kSerialElements)
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
   for (int64_t block = 0; block < blocks; ++block) {
     T* block_dweight = dweight != 0 ? partial.data() + block * block_stride : nullptr;
     T* block_dbias = dbias != 0 ? partial.data() + block * block_stride + dweight_size : nullptr;
     for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
       backward.template run<decltype(together)::value>(row, block_dweight, block_dbias);
     });
-    if (backward.streamed) stream_fence();
   }
   if (dweight != 0) reduce_blocks(partial.data(), blocks, block_stride, n, pointer<T>(dweight), num_threads);
   if (dbias != 0) reduce_blocks(partial.data() + dweight_size, blocks, block_stride, n, pointer<T>(dbias), num_threads);

@@ -32,24 +32,27 @@ AttentionOptions make_options(std::uintptr_t key_lengths, const Sizes& s, double
 }
 
 template <typename T>
-void forward(std::uintptr_t out, std::uintptr_t lse, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
-             std::uintptr_t key_lengths, const Sizes& sizes, const Strides<4>& strides, double softmax_scale, int64_t window_left,
-             int64_t window_right, int num_threads) {
+void forward(std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max, std::uintptr_t row_sum, std::uintptr_t q,
+             std::uintptr_t k, std::uintptr_t v, std::uintptr_t key_lengths, const Sizes& sizes,
+             const Strides<4>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
+             int num_threads) {
   attention_forward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
-                        head_tensor<T>(out, strides, 0), reinterpret_cast<T*>(lse), head_tensor<const T>(q, strides, 1),
+                        head_tensor<T>(out, strides, 0), reinterpret_cast<T*>(lse), reinterpret_cast<T*>(row_max),
+                        reinterpret_cast<T*>(row_sum), head_tensor<const T>(q, strides, 1),
                         head_tensor<const T>(k, strides, 2), head_tensor<const T>(v, strides, 3)});
 }
 
 template <typename T>
-void backward(std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dout, std::uintptr_t dlse, std::uintptr_t q,
-              std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t key_lengths,
-              const Sizes& sizes, const Strides<8>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
-              int num_threads) {
+void backward(std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dout, std::uintptr_t dlse,
+              std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max,
+              std::uintptr_t row_sum, std::uintptr_t key_lengths, const Sizes& sizes, const Strides<8>& strides,
+              double softmax_scale, int64_t window_left, int64_t window_right, int num_threads) {
   attention_backward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
                          head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1), head_tensor<T>(dv, strides, 2),
                          head_tensor<const T>(dout, strides, 3), head_tensor<const T>(q, strides, 4),
                          head_tensor<const T>(k, strides, 5), head_tensor<const T>(v, strides, 6),
-                         head_tensor<const T>(out, strides, 7), reinterpret_cast<const T*>(lse), reinterpret_cast<const T*>(dlse)});
+                         head_tensor<const T>(out, strides, 7), reinterpret_cast<const T*>(row_max),
+                         reinterpret_cast<const T*>(row_sum), reinterpret_cast<const T*>(dlse)});
 }
 
 }  // namespace

@@ -1,12 +1,13 @@
 // Attention, backward: one task owns the keys [key_begin, key_end) of one key head, with their dk and dv.
 //
-// With P = exp(scale * Q . K^T - lse), delta = rowsum(dout * out) - dlse and dS = P * (dout . V^T - delta):
-//     dv = P^T . dout,   dk = scale * dS^T . Q,   dq = scale * dS . K     (FlashAttention, Dao et al. 2022, appendix B.4)
-// A task walks over the blocks of queries that see its keys, for each query head of the group. A block's dq receives terms from
-// several tasks, each of which adds its own to dq itself, in an order that the sizes of the problem fix: a counter per block tells whose
-// turn it is. Tasks begin in that same order, so the one that is waited for is always running.
+// With P = exp(scale * Q . K^T - lse), delta = rowsum(dout * out) and dS = P * (dout . V^T - delta + dlse):
+//     dv = P^T . dout,   dk = scale * dS^T . Q,   dq = scale * dS . K
+// (FlashAttention, Dao et al. 2022, appendix B.4).
+// A task walks over the blocks of queries that see its keys, for each query head of the group. A block's dq receives
+// terms from several tasks, each of which adds its own to dq itself, in an order that the sizes of the problem fix: a
+// counter per block tells whose turn it is. Tasks begin in that same order, so the one that is waited for is always
+// running.
 #include <atomic>
-#include <limits>
 #include <numeric>
 #include <thread>
 #include <vector>
@@ -16,35 +17,35 @@
 namespace leedl {
 namespace {
 
-constexpr int64_t kBlockStrips = kTileRows == 14 ? 4 : 8;
+constexpr int64_t kBlockStrips = kTileRows == 14 ? 8 : 16;
 constexpr int64_t kBlockRows = kBlockStrips * kTileRows;
-constexpr int64_t kMaxTaskKeys = 336;
-// Score rows hold zeros for kMargin keys beyond what a strip sees, since a tile of dk and dv reads kTileRows keys of a row at once.
+constexpr int64_t kMaxTaskKeys = 240;
+// Score rows hold zeros for kMargin keys beyond what a strip sees, since a tile of dk and dv reads kTileRows keys of a
+// row at once.
 constexpr int64_t kMargin = 16;
-constexpr int64_t kScorePitch = kMaxTaskKeys + 2 * kMargin;  // 23 cache lines of floats: odd, so that rows spread over the sets
+constexpr int64_t kScorePitch = kMaxTaskKeys + 2 * kMargin;  // 17 cache lines of floats: odd, see kHeadPitch
 static_assert(kMargin >= kTileRows - 1);
 
 // How a problem is cut into tasks.
 struct Plan {
-  int64_t task_keys;   // a multiple of the tile's rows and of the vector
-  int64_t chunks;      // of keys per key head
-  int64_t colors;      // chunks of one color share no query (unless there is one color per chunk)
-  int64_t tasks;       // batch * num_heads_k * chunks
-  int64_t blocks;      // of queries per query head
+  int64_t task_keys;  // a multiple of the tile's rows and of the vector
+  int64_t chunks;     // of keys per key head
+  int64_t colors;     // chunks of one color share no query (unless there is one color per chunk)
+  int64_t tasks;      // batch * num_heads_k * chunks
+  int64_t blocks;     // of queries per query head
   int64_t panels, panels_v;
 
   template <typename T>
   static Plan make(const AttentionOptions& options) {
     constexpr int64_t kLanes = Vec<T>::kSize;
     constexpr int64_t kUnit = std::lcm(kTileRows, kLanes);
-    static_assert(kMaxTaskKeys % kUnit == 0 && kMargin % kLanes == 0);
+    static_assert(kMargin % kLanes == 0);
     const AttentionSizes& s = options.sizes;
     Plan plan;
     plan.panels = (s.head_dim + kLanes - 1) / kLanes;
     plan.panels_v = (s.head_dim_v + kLanes - 1) / kLanes;
     const int64_t widest = std::max(s.head_dim, s.head_dim_v) * static_cast<int64_t>(sizeof(T));
-    const int64_t wanted = widest <= 256 ? kMaxTaskKeys : widest <= 512 ? 224 : 112;
-    plan.task_keys = std::max(round_down(wanted, kUnit), kUnit);
+    plan.task_keys = round_down(widest <= 512 ? kMaxTaskKeys : kMaxTaskKeys / 2, kUnit);
     plan.chunks = (s.seqlen_k + plan.task_keys - 1) / plan.task_keys;
     const int64_t reach = options.window_left + options.window_right + kBlockRows;
     plan.colors = std::max<int64_t>(std::min(1 + (reach + plan.task_keys - 1) / plan.task_keys, plan.chunks), 1);
@@ -75,17 +76,17 @@ struct Plan {
 // The memory of one thread.
 template <typename T>
 struct Scratch {
-  T* keys_t;     // panels of [head_dim][W]: K^T
-  T* values_t;   // panels of [head_dim_v][W]: V^T
-  T* keys;       // [panels] panels of [task_keys][W]
-  T* dk;         // [task_keys][panels * W]
-  T* dv;         // [task_keys][panels_v * W]
-  T* queries;    // [panels] panels of [kBlockRows][W]
-  T* douts;      // [panels_v] panels of [kBlockRows][W]
-  T* query_rows; // [kTileRows][kHeadPitch]
-  T* dout_rows;  // [kTileRows][kHeadPitch]
-  T* p;          // [kBlockRows][kScorePitch]
-  T* ds;         // [kBlockRows][kScorePitch]
+  T* keys_t;      // panels of [head_dim][W]: K^T
+  T* values_t;    // panels of [head_dim_v][W]: V^T
+  T* keys;        // [panels] panels of [task_keys][W]
+  T* dk;          // [task_keys][panels * W]
+  T* dv;          // [task_keys][panels_v * W]
+  T* queries;     // [panels] panels of [kBlockRows][W]
+  T* douts;       // [panels_v] panels of [kBlockRows][W]
+  T* query_rows;  // [kTileRows][kHeadPitch]
+  T* dout_rows;   // [kTileRows][kHeadPitch]
+  T* p;           // [kBlockRows][kScorePitch]
+  T* ds;          // [kBlockRows][kScorePitch]
   int64_t size;
 
   Scratch(T* base, const AttentionSizes& s, const Plan& plan) {
@@ -111,12 +112,13 @@ template <typename T>
 struct Shared {
   const AttentionBackward<T>& args;
   const Plan& plan;
-  T* lse;    // (batch, num_heads, seqlen_q): lse * log2(e), +inf for rows that see no key, so that P becomes 0
-  T* delta;  // (batch, num_heads, seqlen_q)
+  T* delta;                     // (batch, num_heads, seqlen_q)
   std::atomic<int32_t>* turns;  // (batch, num_heads, blocks): how many tasks have added to the block's dq
 };
 
-// Fills lse and delta for one block of queries, and zeroes the dq of strips that no task will write.
+// Fills delta for one block of queries, and zeroes the dq of strips that no task will write. The products are summed in
+// the order in which a tile sums dout . V^T: where a row's softmax is nearly one-hot, their difference must not be one
+// of roundings.
 template <typename T>
 void prepare_block(const Shared<T>& shared, int64_t batch, int64_t head, int64_t row_begin) {
   constexpr int64_t kLanes = Vec<T>::kSize;
@@ -124,24 +126,21 @@ void prepare_block(const Shared<T>& shared, int64_t batch, int64_t head, int64_t
   const AttentionSizes& s = args.options.sizes;
   const AttentionWindow window = args.options.window(batch);
   const int64_t row_end = std::min(row_begin + kBlockRows, s.seqlen_q);
-  const int64_t offset = (batch * s.num_heads + head) * s.seqlen_q;
-  for (int64_t row = row_begin; row < row_end; ++row) {
-    const T lse = args.lse[offset + row];
-    const bool masked = lse == -std::numeric_limits<T>::infinity();
-    shared.lse[offset + row] = masked ? std::numeric_limits<T>::infinity() : lse * static_cast<T>(kLog2e);
-    const T* dout = args.dout.row(batch, head, row);
-    const T* out = args.out.row(batch, head, row);
+  T* delta = shared.delta + (batch * s.num_heads + head) * s.seqlen_q;
+  alignas(64) T dout[kMaxHeadDim * kLanes], out[kMaxHeadDim * kLanes];  // [head_dim_v][W]
+  for (int64_t row = row_begin; row < row_end; row += kLanes) {
+    const int64_t rows = std::min(kLanes, row_end - row);
+    pack_transposed(dout, args.dout.row(batch, head, row), args.dout.seq_stride, rows, s.head_dim_v);
+    pack_transposed(out, args.out.row(batch, head, row), args.out.seq_stride, rows, s.head_dim_v);
     Vec<T> sum = Vec<T>::zero();
-    int64_t column = 0;
-    for (; column + kLanes <= s.head_dim_v; column += kLanes) {
-      sum = mul_add(Vec<T>::load(dout + column), Vec<T>::load(out + column), sum);
+    for (int64_t column = 0; column < s.head_dim_v; ++column) {
+      sum = mul_add(Vec<T>::load(dout + column * kLanes), Vec<T>::load(out + column * kLanes), sum);
     }
-    if (column < s.head_dim_v) {
-      const int64_t rest = s.head_dim_v - column;
-      sum = mul_add(Vec<T>::load_first(dout + column, rest), Vec<T>::load_first(out + column, rest), sum);
+    if (rows == kLanes) {
+      sum.store(delta + row);
+    } else {
+      sum.store_first(delta + row, rows);
     }
-    const T dlse = args.dlse != nullptr ? args.dlse[offset + row] : T(0);
-    shared.delta[offset + row] = masked ? T(0) : reduce_add(sum) - dlse;
   }
   for (int64_t row = row_begin; row < row_end; row += kTileRows) {
     const int64_t end = std::min(row + kTileRows, row_end);
@@ -150,15 +149,18 @@ void prepare_block(const Shared<T>& shared, int64_t batch, int64_t head, int64_t
   }
 }
 
-// One row: scores become P = exp2(score * factor - lse), and dout . V^T becomes dS = P * (dout . V^T - delta).
+// One row: scores become P, the very numbers of the forward pass, and dout . V^T becomes dS.
 template <typename T>
-__attribute__((noinline)) void score_gradients(T* __restrict__ p, T* __restrict__ ds, int64_t columns, T factor, T lse, T delta) {
+__attribute__((noinline)) void score_gradients(T* __restrict__ p, T* __restrict__ ds, int64_t columns, T factor,
+                                               T row_max, T row_sum, T delta, T dlse) {
   constexpr int64_t kLanes = Vec<T>::kSize;
-  const Vec<T> scale = Vec<T>::broadcast(factor), offset = Vec<T>::broadcast(-lse), mean = Vec<T>::broadcast(delta);
+  const Vec<T> scale = Vec<T>::broadcast(factor), offset = Vec<T>::broadcast(row_max),
+               inverse = Vec<T>::broadcast(1 / row_sum);
+  const Vec<T> mean = Vec<T>::broadcast(delta), shift = Vec<T>::broadcast(dlse);
   for (int64_t column = 0; column < columns; column += kLanes) {
-    const Vec<T> probability = exp2(mul_add(Vec<T>::load(p + column), scale, offset));
+    const Vec<T> probability = exp2((Vec<T>::load(p + column) - offset) * scale) * inverse;
     probability.store(p + column);
-    (probability * (Vec<T>::load(ds + column) - mean)).store(ds + column);
+    (probability * ((Vec<T>::load(ds + column) - mean) + shift)).store(ds + column);
   }
 }
 
@@ -180,8 +182,9 @@ class BackwardTask {
     key_begin_ = chunk * plan_.task_keys;
     key_end_ = std::min(key_begin_ + plan_.task_keys, sizes_.seqlen_k);
     const int64_t visible_end = std::min(key_end_, window_.key_end);
-    std::fill_n(scratch_.dk, plan_.task_keys * plan_.panels * kLanes, T(0));
-    std::fill_n(scratch_.dv, plan_.task_keys * plan_.panels_v * kLanes, T(0));
+    const int64_t accumulated = round_up(key_end_ - key_begin_, kTileRows);
+    std::fill_n(scratch_.dk, accumulated * plan_.panels * kLanes, T(0));
+    std::fill_n(scratch_.dv, accumulated * plan_.panels_v * kLanes, T(0));
     if (key_begin_ < visible_end) {
       const int64_t keys = visible_end - key_begin_;
       const T* k = args_.k.row(batch, head_k, key_begin_);
@@ -215,8 +218,8 @@ class BackwardTask {
     const int64_t seen_begin = window_.key_begin(row_begin), seen_end = window_.key_end_of(row_end - 1);
     if (std::max(seen_begin, key_begin_) >= std::min(seen_end, key_end_)) return;
 
-    pack_panels(scratch_.queries, kBlockRows * kLanes, args_.q.row(batch_, head, row_begin), args_.q.seq_stride, row_end - row_begin,
-                sizes_.head_dim);
+    pack_panels(scratch_.queries, kBlockRows * kLanes, args_.q.row(batch_, head, row_begin), args_.q.seq_stride,
+                row_end - row_begin, sizes_.head_dim);
     pack_panels(scratch_.douts, kBlockRows * kLanes, args_.dout.row(batch_, head, row_begin), args_.dout.seq_stride,
                 row_end - row_begin, sizes_.head_dim_v);
     Strip strips[kBlockStrips];
@@ -233,7 +236,8 @@ class BackwardTask {
     add_columns(scratch_.p, row_begin, row_end, scratch_.douts, plan_.panels_v, scratch_.dv);
     add_columns(scratch_.ds, row_begin, row_end, scratch_.queries, plan_.panels, scratch_.dk);
 
-    std::atomic<int32_t>& turn = shared_.turns[(batch_ * sizes_.num_heads + head) * plan_.blocks + row_begin / kBlockRows];
+    std::atomic<int32_t>& turn =
+        shared_.turns[(batch_ * sizes_.num_heads + head) * plan_.blocks + row_begin / kBlockRows];
     const int64_t rank = plan_.rank(chunk_, seen_begin, seen_end);
     while (turn.load(std::memory_order_acquire) != rank) std::this_thread::yield();
     for (int64_t i = 0; i < count; ++i) add_rows(head, strips[i], strips[i].row - row_begin);
@@ -246,23 +250,22 @@ class BackwardTask {
     const int64_t panels = (end - begin) / kLanes;
     T* p = scratch_.p + local_row * kScorePitch + kMargin + begin;
     T* ds = scratch_.ds + local_row * kScorePitch + kMargin + begin;
-    pack_rows<kTileRows, kHeadPitch>(scratch_.query_rows, args_.q.row(batch_, head, strip.row), args_.q.seq_stride, strip.rows,
-                                     sizes_.head_dim, scale_.sign);
-    pack_rows<kTileRows, kHeadPitch>(scratch_.dout_rows, args_.dout.row(batch_, head, strip.row), args_.dout.seq_stride, strip.rows,
-                                     sizes_.head_dim_v, T(1));
-    using Layout = TileLayout<kHeadPitch, 1>;
-    tile_rows<kTileRows, Layout>(
-        sizes_.head_dim, scratch_.query_rows, scratch_.keys_t + begin * sizes_.head_dim, sizes_.head_dim * kLanes, panels,
-        [&](int64_t row, int64_t panel, Vec<T> value) { value.store(p + row * kScorePitch + panel * kLanes); });
-    tile_rows<kTileRows, Layout>(
-        sizes_.head_dim_v, scratch_.dout_rows, scratch_.values_t + begin * sizes_.head_dim_v, sizes_.head_dim_v * kLanes, panels,
-        [&](int64_t row, int64_t panel, Vec<T> value) { value.store(ds + row * kScorePitch + panel * kLanes); });
+    pack_rows<kTileRows, kHeadPitch>(scratch_.query_rows, args_.q.row(batch_, head, strip.row), args_.q.seq_stride,
+                                     strip.rows, sizes_.head_dim, scale_.sign);
+    pack_rows<kTileRows, kHeadPitch>(scratch_.dout_rows, args_.dout.row(batch_, head, strip.row), args_.dout.seq_stride,
+                                     strip.rows, sizes_.head_dim_v, T(1));
+    score_tile(score_runs(strip.rows), sizes_.head_dim, scratch_.query_rows, scratch_.keys_t + begin * sizes_.head_dim,
+               panels, p, kScorePitch);
+    score_tile(1, sizes_.head_dim_v, scratch_.dout_rows, scratch_.values_t + begin * sizes_.head_dim_v, panels, ds,
+               kScorePitch);
 
     const int64_t offset = (batch_ * sizes_.num_heads + head) * sizes_.seqlen_q + strip.row;
     const int64_t origin = key_begin_ + begin;
     for (int64_t row = 0; row < strip.rows; ++row, p += kScorePitch, ds += kScorePitch) {
-      score_gradients(p, ds, end - begin, scale_.factor, shared_.lse[offset + row], shared_.delta[offset + row]);
-      const int64_t first = window_.key_begin(strip.row + row) - origin, last = window_.key_end_of(strip.row + row) - origin;
+      score_gradients(p, ds, end - begin, scale_.factor, args_.row_max[offset + row], args_.row_sum[offset + row],
+                      shared_.delta[offset + row], args_.dlse != nullptr ? args_.dlse[offset + row] : T(0));
+      const int64_t first = window_.key_begin(strip.row + row) - origin,
+                    last = window_.key_end_of(strip.row + row) - origin;
       mask_row(p, -kMargin, end - begin + kMargin, first, last, T(0));
       mask_row(ds, -kMargin, end - begin + kMargin, first, last, T(0));
     }
@@ -279,8 +282,8 @@ class BackwardTask {
       if (first >= last) continue;
       T* to = accumulator + key * pitch;
       tile_rows<kTileRows, TileLayout<1, kScorePitch>>(
-          last - first, a + (first - row_begin) * kScorePitch + kMargin + key, b + (first - row_begin) * kLanes, kBlockRows * kLanes,
-          panels, [&](int64_t row, int64_t panel, Vec<T> value) {
+          last - first, a + (first - row_begin) * kScorePitch + kMargin + key, b + (first - row_begin) * kLanes,
+          kBlockRows * kLanes, panels, [&](int64_t row, int64_t panel, Vec<T> value) {
             T* sum = to + row * pitch + panel * kLanes;
             (Vec<T>::load(sum) + value).store(sum);
           });
@@ -294,8 +297,9 @@ class BackwardTask {
     const Vec<T> scale = Vec<T>::broadcast(static_cast<T>(args_.options.softmax_scale));
     T* dq = args_.dq.row(batch_, head, strip.row);
     tile_rows<kTileRows, TileLayout<kScorePitch, 1>>(
-        strip.end - strip.begin, scratch_.ds + local_row * kScorePitch + kMargin + strip.begin, scratch_.keys + strip.begin * kLanes,
-        plan_.task_keys * kLanes, plan_.panels, [&](int64_t row, int64_t panel, Vec<T> value) {
+        strip.end - strip.begin, scratch_.ds + local_row * kScorePitch + kMargin + strip.begin,
+        scratch_.keys + strip.begin * kLanes, plan_.task_keys * kLanes, plan_.panels,
+        [&](int64_t row, int64_t panel, Vec<T> value) {
           if (row >= strip.rows) return;
           T* to = dq + row * args_.dq.seq_stride + panel * kLanes;
           const int64_t width = std::min(sizes_.head_dim - panel * kLanes, kLanes);
@@ -342,12 +346,14 @@ void attention_backward(const AttentionBackward<T>& args) {
   const int64_t query_blocks = s.batch * s.num_heads * plan.blocks;
   const int64_t most = std::max(plan.tasks, query_blocks);
   if (most == 0) return;
+  args.dq.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim);
+  args.dk.advise(s.batch, s.num_heads_k, s.seqlen_k, s.head_dim);
+  args.dv.advise(s.batch, s.num_heads_k, s.seqlen_k, s.head_dim_v);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), most));
   const int64_t scratch_size = Scratch<T>(nullptr, s, plan).size;
-  const Buffer<T> memory = allocate<T>(threads * scratch_size + 2 * rows);
+  const Buffer<T> memory = allocate<T>(threads * scratch_size + rows);
   std::vector<std::atomic<int32_t>> turns(query_blocks);
-  T* statistics = memory.get() + threads * scratch_size;
-  const Shared<T> shared{args, plan, statistics, statistics + rows, turns.data()};
+  const Shared<T> shared{args, plan, memory.get() + threads * scratch_size, turns.data()};
   std::atomic<int64_t> next_task{0};
 
 #pragma omp parallel num_threads(threads)

@@ -1,10 +1,11 @@
 // Attention, forward: one task owns the query rows [row_begin, row_end) of the query heads that share one key head.
 //
 // A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of kTileRows
-// queries computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds P . V to
-// its output (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1). Where a strip sees few
-// keys one block holds them all, and nothing is ever rescaled. Strips begin at multiples of kTileRows and blocks at positions
-// that depend on the sizes of the problem alone, so how rows are divided into tasks changes no result.
+// queries computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds
+// P . V to its output (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1).
+// Where a strip sees few keys one block holds them all, and nothing is ever rescaled. Strips begin at multiples of
+// kTileRows and blocks at positions that depend on the sizes of the problem alone, so how rows are divided into tasks
+// changes no result.
 #include <limits>
 
 #include "attention.h"
@@ -12,12 +13,12 @@
 namespace leedl {
 namespace {
 
-constexpr int64_t kMaxColumns = 560;    // of one strip's scores
-constexpr int64_t kScorePitch = 592;    // 37 cache lines of floats: odd, so that the rows spread over the cache's sets
-constexpr int64_t kPackedBytes = 256 * 1024;  // of keys and values in one block, so that they stay in the second-level cache
+constexpr int64_t kMaxColumns = 560;  // of one strip's scores
+constexpr int64_t kScorePitch = 592;  // 37 cache lines of floats: odd, so that the rows spread over the cache's sets
+constexpr int64_t kPackedBytes = 256 * 1024;  // of keys and values in one block: they stay in the second-level cache
 constexpr int64_t kSinglePassRows = 504;  // rows of a task, where one block holds all that it sees
-constexpr int64_t kBlockRows = 252;       // rows of a task, over all heads of the group, where it walks over many blocks
-constexpr int64_t kTasksPerThread = 8;    // smaller tasks rather than fewer than this
+constexpr int64_t kBlockRows = 252;     // rows of a task, over all heads of the group, where it walks over many blocks
+constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than this
 
 // How a problem is cut into tasks and blocks.
 struct Plan {
@@ -38,7 +39,8 @@ struct Plan {
     plan.single_pass = strip_columns <= kMaxColumns;
 
     const int64_t strips = (s.seqlen_q + kTileRows - 1) / kTileRows;
-    const int64_t max_strips = std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kTileRows, 1);
+    const int64_t max_strips =
+        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kTileRows, 1);
     const int64_t wanted_strips = std::max<int64_t>(strips * s.batch * s.num_heads_k / (kTasksPerThread * threads), 4);
     const int64_t task_strips = std::min({wanted_strips, max_strips, std::max<int64_t>(strips, 1)});
     plan.task_rows = task_strips * kTileRows;
@@ -90,9 +92,9 @@ struct Scratch {
   int64_t size_;
 };
 
-// Replaces the scores of a strip by exp2((score - maximum) * factor), where the maximum includes that of earlier blocks; adds to the
-// sums; rescale[row] is what outputs and sums so far must be multiplied by.
-// Rows go in pairs, so that two chains of maxima or sums run side by side.
+// Replaces the scores of a strip by exp2((score - maximum) * factor), where the maximum includes that of earlier
+// blocks; adds to the sums; rescale[row] is what outputs and sums so far must be multiplied by. Rows go in pairs, so
+// that two chains of maxima or sums run side by side.
 template <typename T>
 __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor, T* row_max, T* row_sum, T* rescale) {
   static_assert(kTileRows % 2 == 0);
@@ -121,8 +123,8 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
   for (int64_t row = 0; row < kStripRows; row += kLanes) {
     // A row that has seen no key yet keeps -inf, but subtracts 0: -inf - -inf would be NaN.
     const Vec<T> now = Vec<T>::load(largest + row);
-    const Vec<T> offset = -zero_below(now, std::numeric_limits<T>::lowest(), now) * scale;
-    exp2(mul_add(Vec<T>::load(row_max + row), scale, offset)).store(rescale + row);
+    const Vec<T> offset = zero_below(now, std::numeric_limits<T>::lowest(), now);
+    exp2((Vec<T>::load(row_max + row) - offset) * scale).store(rescale + row);
     offset.store(offsets + row);
     now.store(row_max + row);
   }
@@ -131,8 +133,8 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
     const Vec<T> offset0 = Vec<T>::broadcast(offsets[row]), offset1 = Vec<T>::broadcast(offsets[row + 1]);
     Vec<T> sum0 = Vec<T>::zero(), sum1 = Vec<T>::zero();
     for (int64_t column = 0; column < columns; column += kLanes) {
-      const Vec<T> p0 = exp2(mul_add(Vec<T>::load(score + column), scale, offset0));
-      const Vec<T> p1 = exp2(mul_add(Vec<T>::load(score + kScorePitch + column), scale, offset1));
+      const Vec<T> p0 = exp2((Vec<T>::load(score + column) - offset0) * scale);
+      const Vec<T> p1 = exp2((Vec<T>::load(score + kScorePitch + column) - offset1) * scale);
       p0.store(score + column);
       p1.store(score + kScorePitch + column);
       sum0 = sum0 + p0;
@@ -154,7 +156,6 @@ class ForwardTask {
         sizes_(args.options.sizes),
         plan_(plan),
         scale_(args.options.softmax_scale),
-        natural_scale_(static_cast<T>(std::abs(args.options.softmax_scale))),
         scratch_(base, sizes_, plan) {}
 
   void run(int64_t batch, int64_t head_k, int64_t row_begin, int64_t row_end) {
@@ -171,9 +172,10 @@ class ForwardTask {
     int64_t begin = round_down(key_begin, plan_.single_pass ? kLanes : plan_.block_keys);
     for (; begin < key_end; begin += plan_.block_keys) {
       const int64_t end = std::min(begin + plan_.block_keys, key_end);
-      pack_transposed(scratch_.keys, args_.k.row(batch, head_k, begin), args_.k.seq_stride, end - begin, sizes_.head_dim);
-      pack_panels(scratch_.values, plan_.block_keys * kLanes, args_.v.row(batch, head_k, begin), args_.v.seq_stride, end - begin,
-                  sizes_.head_dim_v);
+      pack_transposed(scratch_.keys, args_.k.row(batch, head_k, begin), args_.k.seq_stride, end - begin,
+                      sizes_.head_dim);
+      pack_panels(scratch_.values, plan_.block_keys * kLanes, args_.v.row(batch, head_k, begin), args_.v.seq_stride,
+                  end - begin, sizes_.head_dim_v);
       for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
         for (int64_t row = row_begin; row < row_end; row += kTileRows) {
           const int64_t local = ((head - first_head) * plan_.task_rows + row - row_begin) / kTileRows;
@@ -205,21 +207,21 @@ class ForwardTask {
       std::fill(row_sum, row_sum + kStripRows, T(0));
     }
 
-    pack_rows<kTileRows, kHeadPitch>(scratch_.queries, args_.q.row(batch_, head, row), args_.q.seq_stride, rows, sizes_.head_dim,
-                                     scale_.sign);
-    // Columns of the scores count from column_begin, a multiple of W, so that a strip uses the same few cache lines always.
+    pack_rows<kTileRows, kHeadPitch>(scratch_.queries, args_.q.row(batch_, head, row), args_.q.seq_stride, rows,
+                                     sizes_.head_dim, scale_.sign);
+    // Columns of the scores count from column_begin, a multiple of W, so that a strip uses the same few cache lines
+    // always.
     const int64_t column_begin = round_down(begin, kLanes);
     const int64_t columns = round_up(end, kLanes) - column_begin;
     T* scores = scratch_.scores;
-    tile_rows<kTileRows, TileLayout<kHeadPitch, 1>>(
-        sizes_.head_dim, scratch_.queries, scratch_.keys + column_begin * sizes_.head_dim, sizes_.head_dim * kLanes, columns / kLanes,
-        [&](int64_t r, int64_t panel, Vec<T> value) { value.store(scores + r * kScorePitch + panel * kLanes); });
+    score_tile(score_runs(rows), sizes_.head_dim, scratch_.queries, scratch_.keys + column_begin * sizes_.head_dim,
+               columns / kLanes, scores, kScorePitch);
 
     const int64_t origin = block_begin + column_begin;
     if (window_.key_begin(last_row(row)) > origin || window_.key_end_of(row) < origin + columns) {
       for (int64_t r = 0; r < rows; ++r) {
-        mask_row(scores + r * kScorePitch, 0, columns, window_.key_begin(row + r) - origin, window_.key_end_of(row + r) - origin,
-                 -std::numeric_limits<T>::infinity());
+        mask_row(scores + r * kScorePitch, 0, columns, window_.key_begin(row + r) - origin,
+                 window_.key_end_of(row + r) - origin, -std::numeric_limits<T>::infinity());
       }
     }
 
@@ -237,8 +239,9 @@ class ForwardTask {
     const T* values = scratch_.values + begin * kLanes;
     using Layout = TileLayout<kScorePitch, 1>;
     if (first) {
-      tile_rows<kTileRows, Layout>(end - begin, p, values, plan_.block_keys * kLanes, plan_.panels_v,
-                                   [&](int64_t r, int64_t panel, Vec<T> value) { value.store(out + r * pitch + panel * kLanes); });
+      tile_rows<kTileRows, Layout>(
+          end - begin, p, values, plan_.block_keys * kLanes, plan_.panels_v,
+          [&](int64_t r, int64_t panel, Vec<T> value) { value.store(out + r * pitch + panel * kLanes); });
     } else {
       tile_rows<kTileRows, Layout>(end - begin, p, values, plan_.block_keys * kLanes, plan_.panels_v,
                                    [&](int64_t r, int64_t panel, Vec<T> value) {
@@ -256,7 +259,7 @@ class ForwardTask {
     for (int64_t r = 0; r < kStripRows; r += kLanes) {
       const Vec<T> sum = Vec<T>::load(row_sum + r);
       (Vec<T>::broadcast(1) / sum).store(inverse + r);
-      mul_add(Vec<T>::load(row_max + r), Vec<T>::broadcast(natural_scale_), log(sum)).store(logarithm + r);
+      mul_add(Vec<T>::load(row_max + r), Vec<T>::broadcast(scale_.magnitude), log(sum)).store(logarithm + r);
     }
     const T* from = scratch_.out + local * kTileRows * pitch;
     for (int64_t r = 0; r < rows; ++r, from += pitch) {
@@ -267,9 +270,11 @@ class ForwardTask {
       T* to = args_.out.row(batch_, head, row + r);
       const Vec<T> factor = Vec<T>::broadcast(inverse[r]);
       int64_t column = 0;
-      for (; column + kLanes <= sizes_.head_dim_v; column += kLanes) (Vec<T>::load(from + column) * factor).store(to + column);
-      if (column < sizes_.head_dim_v) (Vec<T>::load(from + column) * factor).store_first(to + column, sizes_.head_dim_v - column);
-      *lse(head, row + r) = logarithm[r];
+      for (; column + kLanes <= sizes_.head_dim_v; column += kLanes)
+        (Vec<T>::load(from + column) * factor).store(to + column);
+      if (column < sizes_.head_dim_v)
+        (Vec<T>::load(from + column) * factor).store_first(to + column, sizes_.head_dim_v - column);
+      write_statistics(head, row + r, logarithm[r], row_max[r], row_sum[r]);
     }
   }
 
@@ -280,16 +285,21 @@ class ForwardTask {
   void write_masked_row(int64_t head, int64_t row) {
     T* to = args_.out.row(batch_, head, row);
     std::fill(to, to + sizes_.head_dim_v, T(0));
-    *lse(head, row) = -std::numeric_limits<T>::infinity();
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    write_statistics(head, row, -kInfinity, kInfinity, T(1));
   }
 
-  T* lse(int64_t head, int64_t row) const { return args_.lse + (batch_ * sizes_.num_heads + head) * sizes_.seqlen_q + row; }
+  void write_statistics(int64_t head, int64_t row, T lse, T row_max, T row_sum) const {
+    const int64_t index = (batch_ * sizes_.num_heads + head) * sizes_.seqlen_q + row;
+    args_.lse[index] = lse;
+    args_.row_max[index] = row_max;
+    args_.row_sum[index] = row_sum;
+  }
 
   const AttentionForward<T>& args_;
   const AttentionSizes& sizes_;
   const Plan& plan_;
   const ScoreScale<T> scale_;
-  const T natural_scale_;
   Scratch<T> scratch_;
   AttentionWindow window_;
   int64_t batch_;
@@ -302,6 +312,7 @@ void attention_forward(const AttentionForward<T>& args) {
   const AttentionSizes& s = args.options.sizes;
   const Plan plan = Plan::make<T>(args.options);
   if (plan.tasks == 0) return;
+  args.out.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim_v);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), plan.tasks));
   const int64_t scratch_size = Scratch<T>::size(s, plan);
   const Buffer<T> memory = allocate<T>(threads * scratch_size);

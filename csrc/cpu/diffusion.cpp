@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "huge_pages.h"
 #include "normal_simd.h"
 #include "simd.h"
 
@@ -22,8 +23,7 @@ namespace {
 
 constexpr int64_t kChunk = 1024;
 constexpr int64_t kBlock = 8 * kChunk;
-constexpr int64_t kSerialElements = 16384;        // fewer are done before a second thread has woken up
-constexpr int64_t kStreamedBytes = 16 << 20;      // larger outputs pass by the caches
+constexpr int64_t kSerialElements = 16384;  // fewer are done before a second thread has woken up
 
 static_assert(kChunk % NormalGenerator::kGroup == 0);
 
@@ -55,8 +55,10 @@ struct Noise {
 template <typename T, typename Body>
 void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& body) {
   const int64_t blocks = samples.blocks(), tasks = samples.batch * blocks;
-  const bool parallel = samples.batch * std::max(samples.n, NormalGenerator::kGroup) >= kSerialElements;
-#pragma omp parallel for schedule(static) num_threads(samples.num_threads) if (parallel)
+  const int64_t task_size = std::clamp(samples.n, NormalGenerator::kGroup, kBlock);
+  const int64_t tasks_at_once = kBlock / task_size;
+#pragma omp parallel for schedule(dynamic, tasks_at_once) num_threads(samples.num_threads) \
+    if (tasks * task_size >= kSerialElements)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t sample = task / blocks, block = task % blocks;
     const bool is_made = noise.given == nullptr && noise.is_used(sample);
@@ -84,30 +86,23 @@ void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& b
   }
 }
 
-template <typename T>
-void stream_copy(const T* source, T* target, int64_t count) {
-  constexpr int64_t kSize = Vec<T>::kSize;
-  const auto misalignment = static_cast<int64_t>(reinterpret_cast<std::uintptr_t>(target) % kVectorBytes / sizeof(T));
-  int64_t i = std::min(count, (kSize - misalignment) % kSize);
-  std::copy_n(source, i, target);
-  for (; i + kSize <= count; i += kSize) Vec<T>::load(source + i).stream(target + i);
-  std::copy_n(source + i, count - i, target + i);
-  stream_fence();
-}
-
 // Fills `out` by kernel(sample, offset, count, noise, target) for every chunk.
 template <typename T, typename Kernel>
 void fill_chunks(T* out, const Samples& samples, const Noise<T>& noise, const Kernel& kernel) {
-  const bool streamed = samples.batch * samples.n * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes;
+  advise_huge_pages(out, samples.batch * samples.n * static_cast<int64_t>(sizeof(T)));
   for_each_chunk(samples, noise, [&](int64_t sample, int64_t, int64_t offset, int64_t count, const T* z) {
-    if (streamed) {
-      alignas(64) T target[kChunk];
-      kernel(sample, offset, count, z, target);
-      stream_copy(target, out + offset, count);
-    } else {
-      kernel(sample, offset, count, z, out + offset);
-    }
+    kernel(sample, offset, count, z, out + offset);
   });
+}
+
+// target[i] = value(load) for i < count, where load(p) is p[i]; a vector at a time.
+template <typename T, typename Value>
+void fill_vectors(T* target, int64_t count, const Value& value) {
+  using V = Vec<T>;
+  int64_t i = 0;
+  for (; i + V::kSize <= count; i += V::kSize) value([i](const T* p) { return V::load(p + i); }).store(target + i);
+  const int64_t rest = count - i;
+  if (rest > 0) value([=](const T* p) { return V::load_first(p + i, rest); }).store_first(target + i, rest);
 }
 
 template <typename T>
@@ -132,8 +127,9 @@ void add_noise(std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise
   const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
   fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
                  [=](int64_t b, int64_t offset, int64_t count, const T* z, T* target) {
-                   const T c0 = static_cast<T>(c[2 * b]), c1 = static_cast<T>(c[2 * b + 1]);
-                   for (int64_t i = 0; i < count; ++i) target[i] = c0 * x[offset + i] + c1 * z[i];
+                   const auto c0 = Vec<T>::broadcast(static_cast<T>(c[2 * b]));
+                   const auto c1 = Vec<T>::broadcast(static_cast<T>(c[2 * b + 1]));
+                   fill_vectors(target, count, [&](auto load) { return c0 * load(x + offset) + c1 * load(z); });
                  });
 }
 
@@ -143,8 +139,8 @@ struct Target {
   const T* sample;
   const double* coefficients;
 
-  T c0(int64_t b) const { return static_cast<T>(coefficients[2 * b]); }
-  T c1(int64_t b) const { return static_cast<T>(coefficients[2 * b + 1]); }
+  Vec<T> c0(int64_t b) const { return Vec<T>::broadcast(static_cast<T>(coefficients[2 * b])); }
+  Vec<T> c1(int64_t b) const { return Vec<T>::broadcast(static_cast<T>(coefficients[2 * b + 1])); }
   const T* chunk(int64_t b, int64_t offset) const {
     return coefficients[2 * b] == 0 ? kZeros<T> : sample + offset;
   }
@@ -152,13 +148,12 @@ struct Target {
 
 // The sum of (y - (c0 * x + c1 * z))^2 over one chunk.
 template <typename T>
-T squared_error(const T* y, const T* x, const T* z, T c0, T c1, int64_t count) {
+T squared_error(const T* y, const T* x, const T* z, Vec<T> c0, Vec<T> c1, int64_t count) {
   using V = Vec<T>;
   constexpr int64_t kSums = 4;
-  const V v0 = V::broadcast(c0), v1 = V::broadcast(c1);
   V sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
   const auto add = [&](V& sum, V output, V data, V noise) {
-    const V difference = output - (v0 * data + v1 * noise);
+    const V difference = output - (c0 * data + c1 * noise);
     sum = mul_add(difference, difference, sum);
   };
   int64_t i = 0;
@@ -208,9 +203,12 @@ void noise_prediction_loss_backward(std::uintptr_t dmodel_output, std::uintptr_t
   const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, target.coefficients + 1, 2};
   fill_chunks<T>(pointer<T>(dmodel_output), {batch, n, num_threads}, source,
                  [=](int64_t b, int64_t offset, int64_t count, const T* z, T* dy) {
-                   const T scale = static_cast<T>(2 * scales[b]), c0 = target.c0(b), c1 = target.c1(b);
+                   const auto scale = Vec<T>::broadcast(static_cast<T>(2 * scales[b]));
+                   const auto c0 = target.c0(b), c1 = target.c1(b);
                    const T* x = target.chunk(b, offset);
-                   for (int64_t i = 0; i < count; ++i) dy[i] = scale * (y[offset + i] - (c0 * x[i] + c1 * z[i]));
+                   fill_vectors(dy, count, [&](auto load) {
+                     return scale * (load(y + offset) - (c0 * load(x) + c1 * load(z)));
+                   });
                  });
 }
 
@@ -222,11 +220,13 @@ void step(std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_
           std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients, double guidance_scale,
           double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
           int num_threads) {
+  using V = Vec<T>;
   const double* all_coefficients = pointer<const double>(coefficients);
   const T* conditional = pointer<const T>(model_output);
   const T* unconditional = pointer<const T>(unconditional_output);
   const T* current = pointer<const T>(sample);
-  const T guidance = static_cast<T>(guidance_scale), high = static_cast<T>(clip_range), low = -high;
+  const V guidance = V::broadcast(static_cast<T>(guidance_scale));
+  const V high = V::broadcast(static_cast<T>(clip_range)), low = -high;
   const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), pointer<const int64_t>(streams),
                            all_coefficients + 5, 6};
   const auto kernel = [=](int64_t b, int64_t offset, int64_t count, const T* z, T* prev) {
@@ -236,22 +236,21 @@ void step(std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_
     alignas(64) T guided[kChunk];
     if (unconditional != nullptr) {
       const T* base = unconditional + offset;
-      for (int64_t i = 0; i < count; ++i) guided[i] = base[i] + guidance * (m[i] - base[i]);
+      fill_vectors(guided, count, [&](auto load) { return load(base) + guidance * (load(m) - load(base)); });
       m = guided;
     }
-    const T s = static_cast<T>(c[5]);
-    if (high > 0) {
-      const T p = static_cast<T>(c[0]), q = static_cast<T>(c[1]), u = static_cast<T>(c[2]);
-      const T w = static_cast<T>(c[3]), e = static_cast<T>(c[4]);
-      for (int64_t i = 0; i < count; ++i) {
-        T x0 = p * x[i] + q * m[i];
-        x0 = low > x0 ? low : x0;  // in this order NaN stays NaN
-        x0 = high < x0 ? high : x0;
-        prev[i] = (u * x0 + w * x[i]) + (e * m[i] + s * z[i]);
-      }
+    const auto coefficient = [](double value) { return V::broadcast(static_cast<T>(value)); };
+    const V s = coefficient(c[5]);
+    if (clip_range > 0) {
+      const V p = coefficient(c[0]), q = coefficient(c[1]), u = coefficient(c[2]);
+      const V w = coefficient(c[3]), e = coefficient(c[4]);
+      fill_vectors(prev, count, [&](auto load) {
+        const V x0 = min(high, max(low, p * load(x) + q * load(m)));  // in this order NaN stays NaN
+        return (u * x0 + w * load(x)) + (e * load(m) + s * load(z));
+      });
     } else {
-      const T w = static_cast<T>(c[3] + c[2] * c[0]), e = static_cast<T>(c[4] + c[2] * c[1]);
-      for (int64_t i = 0; i < count; ++i) prev[i] = (w * x[i] + e * m[i]) + s * z[i];
+      const V w = coefficient(c[3] + c[2] * c[0]), e = coefficient(c[4] + c[2] * c[1]);
+      fill_vectors(prev, count, [&](auto load) { return (w * load(x) + e * load(m)) + s * load(z); });
     }
   };
   fill_chunks<T>(pointer<T>(prev_sample), {batch, n, num_threads}, source, kernel);

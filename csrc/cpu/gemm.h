@@ -1,8 +1,9 @@
 // The register tile that every matrix product of the CPU kernels is made of, and the packing of its operands.
 //
-// A tile computes kRows x (kVecs * W) elements of C = A . B, W = lanes per vector: one broadcast of A meets kVecs vectors
-// of B. B comes in vector panels: panel p holds columns [p * W, (p + 1) * W), one vector after the other for each k, so
-// that every tile reads kVecs sequential streams whatever the width of the matrix and may begin at any multiple of W.
+// A tile computes kRows x (kVecs * W) elements of C = A . B, W = lanes per vector: one broadcast of A meets kVecs
+// vectors of B. B comes in vector panels: panel p holds columns [p * W, (p + 1) * W), one vector after the other for
+// each k, so that every tile reads kVecs sequential streams whatever the width of the matrix and may begin at any
+// multiple of W.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,9 @@ namespace leedl {
 // The accumulators fill the registers, but for kTileVecs vectors of B and one broadcast of A.
 constexpr int64_t kTileVecs = 2;
 constexpr int64_t kTileRows = kVectorRegisters == 32 ? 14 : 6;
+
+// The longest sum of products in one accumulator where there is no fma.
+constexpr int64_t kTileRun = 128;
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
@@ -36,8 +40,19 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* __restri
 #pragma GCC unroll 4
     for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = Vec<T>::zero();
   }
+  [[maybe_unused]] Vec<T> totals[kRows][kVecs] = {};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; ++k) {
+    if constexpr (!kHasFma) {  // each product is rounded too: sums in runs make up for it
+      if (k > 0 && k % kTileRun == 0) {
+        for (int64_t row = 0; row < kRows; ++row) {
+          for (int64_t vec = 0; vec < kVecs; ++vec) {
+            totals[row][vec] = totals[row][vec] + acc[row][vec];
+            acc[row][vec] = Vec<T>::zero();
+          }
+        }
+      }
+    }
     Vec<T> columns[kVecs];
 #pragma GCC unroll 4
     for (int64_t vec = 0; vec < kVecs; ++vec) columns[vec] = Vec<T>::load(b + vec * panel_stride);
@@ -53,13 +68,19 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* __restri
 #pragma GCC unroll 16
   for (int64_t row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4
-    for (int64_t vec = 0; vec < kVecs; ++vec) epilogue(row, vec, acc[row][vec]);
+    for (int64_t vec = 0; vec < kVecs; ++vec) {
+      if constexpr (!kHasFma) {
+        if (depth > kTileRun) acc[row][vec] = totals[row][vec] + acc[row][vec];
+      }
+      epilogue(row, vec, acc[row][vec]);
+    }
   }
 }
 
 // kRows rows of C over all panels of B: epilogue(row, panel, value).
 template <int64_t kRows, typename Layout, typename T, typename Epilogue>
-inline void tile_rows(int64_t depth, const T* a, const T* b, int64_t panel_stride, int64_t panels, const Epilogue& epilogue) {
+inline void tile_rows(int64_t depth, const T* a, const T* b, int64_t panel_stride, int64_t panels,
+                      const Epilogue& epilogue) {
   int64_t panel = 0;
   for (; panel + kTileVecs <= panels; panel += kTileVecs) {
     tile<kRows, kTileVecs, Layout>(depth, a, b + panel * panel_stride, panel_stride,
@@ -81,8 +102,8 @@ inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::index
   high.lanes = __builtin_shuffle(a.lanes, b.lanes, Bits{(kLane / 2 + kLane % 2 * kLanes + kLanes / 2)...});
 }
 
-// Transposes W rows of W lanes. Each round interleaves the upper half of the rows with the lower half, which rotates the bits
-// of an element's (row, lane) number by one; log2(W) rounds exchange row and lane.
+// Transposes W rows of W lanes. Each round interleaves the upper half of the rows with the lower half, which rotates
+// the bits of an element's (row, lane) number by one; log2(W) rounds exchange row and lane.
 template <typename T>
 inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
   constexpr int64_t kLanes = Vec<T>::kSize;
@@ -100,11 +121,11 @@ inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
 
 }  // namespace detail
 
-// B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k < depth.
-// Missing rows of the last panel are zeros.
+// B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k <
+// depth. Missing rows of the last panel are zeros.
 template <typename T>
-__attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const T* __restrict__ source, int64_t stride, int64_t rows,
-                                               int64_t depth) {
+__attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const T* __restrict__ source, int64_t stride,
+                                               int64_t rows, int64_t depth) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   for (int64_t row = 0; row < rows; row += kLanes) {
     const int64_t valid = rows - row < kLanes ? rows - row : kLanes;
@@ -139,7 +160,8 @@ __attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel
   for (int64_t row = 0; row < rows; ++row) {
     const T* from = source + row * stride;
     T* to = panels + row * kLanes;
-    for (int64_t panel = 0; panel < whole; ++panel) Vec<T>::load(from + panel * kLanes).store(to + panel * panel_stride);
+    for (int64_t panel = 0; panel < whole; ++panel)
+      Vec<T>::load(from + panel * kLanes).store(to + panel * panel_stride);
     if (whole * kLanes < columns) {
       Vec<T>::load_first(from + whole * kLanes, columns - whole * kLanes).store(to + whole * panel_stride);
     }
@@ -148,7 +170,8 @@ __attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel
 
 // A = source * scale, row after row with a constant pitch. Rows from `rows` to kRows are zeros.
 template <int64_t kRows, int64_t kPitch, typename T>
-inline void pack_rows(T* __restrict__ a, const T* __restrict__ source, int64_t stride, int64_t rows, int64_t columns, T scale) {
+inline void pack_rows(T* __restrict__ a, const T* __restrict__ source, int64_t stride, int64_t rows, int64_t columns,
+                      T scale) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   const Vec<T> factor = Vec<T>::broadcast(scale);
   for (int64_t row = 0; row < kRows; ++row) {

@@ -81,7 +81,8 @@ struct Vec {
 #endif
   }
 
-  // Non-temporal: for outputs larger than the caches. p must be aligned to kVectorBytes; call stream_fence() once after.
+  // Non-temporal: for outputs larger than the caches. p must be aligned to kVectorBytes; call stream_fence() once
+  // after.
   void stream(T* p) const {
 #if defined(__AVX512F__)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(lanes));
@@ -145,14 +146,20 @@ inline Vec<T> fma(Vec<T> a, Vec<T> b, Vec<T> c) {
 #endif
 }
 
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFma = true;
+#else
+constexpr bool kHasFma = false;
+#endif
+
 // a * b + c, as fast as the instruction set does it: one rounding where it has fma, two where it has not.
 template <typename T>
 inline Vec<T> mul_add(Vec<T> a, Vec<T> b, Vec<T> c) {
-#if defined(__FMA__) || defined(__aarch64__)
-  return fma(a, b, c);
-#else
-  return a * b + c;
-#endif
+  if constexpr (kHasFma) {
+    return fma(a, b, c);
+  } else {
+    return a * b + c;
+  }
 }
 
 // a > b ? a : b, so that the result is b where either is NaN.
@@ -254,14 +261,20 @@ inline Vec<T> zero_below(Vec<T> x, T lowest, Vec<T> y) {
 
 namespace detail {
 
-// 2^r = 1 + r * (c[0] + r * (c[1] + ...)) on [-1/2, 1/2], minimax in the relative error (2.6e-9 and 1.8e-17), highest first.
+// 2^r = 1 + r * (c[0] + r * (c[1] + ...)) on [-1/2, 1/2], minimax in the relative error (2.6e-9 and 1.8e-17), highest
+// first.
 template <typename T>
 struct Exp2;
 
 template <>
 struct Exp2<float> {
-  static constexpr float kCoefficients[] = {0x1.470b48e30bd6ep-13f, 0x1.5f7276bfe7010p-10f, 0x1.3b270e65d3126p-7f,
-                                            0x1.c6ae72e0065ddp-5f,  0x1.ebfbe2c53fd3dp-3f,  0x1.62e43117337b0p-1f, 1.0f};
+  static constexpr float kCoefficients[] = {0x1.470b48e30bd6ep-13f,
+                                            0x1.5f7276bfe7010p-10f,
+                                            0x1.3b270e65d3126p-7f,
+                                            0x1.c6ae72e0065ddp-5f,
+                                            0x1.ebfbe2c53fd3dp-3f,
+                                            0x1.62e43117337b0p-1f,
+                                            1.0f};
   static constexpr float kRound = 0x1.8p23f + 127;  // x + kRound leaves round(x) + 127 in the lowest bits
   static constexpr int kExponentShift = 23;
   static constexpr float kLowest = -126.0f;
@@ -293,29 +306,15 @@ inline Vec<T> exp2_scaled(Vec<T> fraction, Vec<T> shifted) {
 
 }  // namespace detail
 
-// 2^x within about one ulp for x < 127.5 (double: 1023.5). Exactly 1 at 0; NaN stays NaN; exactly 0 wherever the true value
-// would be subnormal, -inf included: a subnormal factor makes each multiplication that meets it some hundred cycles long.
+// 2^x within about one ulp for x < 127.5 (double: 1023.5). Exactly 1 at 0; NaN stays NaN; exactly 0 wherever the true
+// value would be subnormal, -inf included: a subnormal factor makes each multiplication that meets it some hundred
+// cycles long.
 template <typename T>
 inline Vec<T> exp2(Vec<T> x) {
   using C = detail::Exp2<T>;
   const Vec<T> round = Vec<T>::broadcast(C::kRound);
   const Vec<T> shifted = x + round;
   return zero_below(x, C::kLowest, detail::exp2_scaled(x - (shifted - round), shifted));
-}
-
-// e^x within about one ulp for x < 88.3 (double: 709.4), otherwise as exp2.
-template <typename T>
-inline Vec<T> exp(Vec<T> x) {
-  using C = detail::Exp2<T>;
-  constexpr T kLog2e = static_cast<T>(1.44269504088896340735992468100189214L);
-  constexpr T kLn2High = static_cast<T>(sizeof(T) == 4 ? 0x1.62e4p-1 : 0x1.62e42feep-1);  // n * kLn2High is exact
-  constexpr T kLn2Low = static_cast<T>(0.693147180559945309417232121458176568L - static_cast<long double>(kLn2High));
-  const Vec<T> round = Vec<T>::broadcast(C::kRound);
-  const Vec<T> scaled = x * Vec<T>::broadcast(kLog2e);
-  const Vec<T> shifted = scaled + round;
-  const Vec<T> n = shifted - round;
-  const Vec<T> r = mul_add(n, Vec<T>::broadcast(-kLn2Low), mul_add(n, Vec<T>::broadcast(-kLn2High), x));
-  return zero_below(scaled, C::kLowest, detail::exp2_scaled(r * Vec<T>::broadcast(kLog2e), shifted));
 }
 
 // The natural logarithm within about one ulp, for positive normal x.
@@ -328,7 +327,8 @@ inline Vec<T> log(Vec<T> x) {
   constexpr int kTerms = sizeof(T) == 4 ? 4 : 10;
   constexpr T kLn2High = static_cast<T>(sizeof(T) == 4 ? 0x1.62e4p-1 : 0x1.62e42feep-1);
   constexpr T kLn2Low = static_cast<T>(0.693147180559945309417232121458176568L - static_cast<long double>(kLn2High));
-  // x = mantissa * 2^exponent with sqrt(1/2) <= mantissa < sqrt(2), and log(mantissa) = 2 atanh((mantissa - 1) / (mantissa + 1)).
+  // x = mantissa * 2^exponent with sqrt(1/2) <= mantissa < sqrt(2), and log(mantissa) = 2 atanh((mantissa - 1) /
+  // (mantissa + 1)).
   const Bits bits = reinterpret_cast<Bits>(x.lanes);
   const Bits exponent = (bits - kHalfSqrt2) >> kShift;
   const Vec<T> mantissa{reinterpret_cast<typename Vec<T>::Lanes>(bits - (exponent << kShift))};

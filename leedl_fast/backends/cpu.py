@@ -123,13 +123,15 @@ def _attention_forward(
     problem: Any,
     out: Tensor,
     lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_lengths: Tensor | None,
 ) -> None:
     _kernel("attention_forward", problem.dtype)(
-        *map(_pointer, (out, lse, q, k, v, key_lengths)),
+        *map(_pointer, (out, lse, row_max, row_sum, q, k, v, key_lengths)),
         problem[:7],
         _strides(out, q, k, v),
         problem.softmax_scale,
@@ -151,10 +153,12 @@ def _attention_backward(
     v: Tensor,
     key_lengths: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
 ) -> None:
     _kernel("attention_backward", problem.dtype)(
-        *map(_pointer, (dq, dk, dv, dout, dlse, q, k, v, out, lse, key_lengths)),
+        *map(_pointer, (dq, dk, dv, dout, dlse, q, k, v)),
+        *map(_pointer, (out, row_max, row_sum, key_lengths)),
         problem[:7],
         _strides(dq, dk, dv, dout, q, k, v, out),
         problem.softmax_scale,

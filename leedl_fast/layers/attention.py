@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,7 +146,7 @@ class MultiHeadAttention(nn.Module):
             window=self.window,
             key_lengths=key_lengths,
         )
-        heads = cast(Tensor, out).transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
+        heads = out.transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
         return self.out_proj(heads.flatten(2))
 
     def _check(self, name: str, x: Tensor) -> None:

@@ -3,7 +3,7 @@ attention.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -40,10 +40,36 @@ class Problem(NamedTuple):
     window_right: int
 
     @property
-    def lse_dtype(self) -> torch.dtype:
+    def statistics_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window: Window = ...,
+    softmax_scale: float | None = ...,
+    key_lengths: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = ...,
+    window: Window = ...,
+    softmax_scale: float | None = ...,
+    key_lengths: Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -118,11 +144,11 @@ def attention(
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         if traced(q, k, v, key_lengths):
-            out, lse = _forward.from_graph(implementation, problem, q, k, v, key_lengths)
+            out, lse, _, _ = _forward.from_graph(implementation, problem, q, k, v, key_lengths)
         elif needs_grad(q, k, v):
             out, lse = AttentionFunction.apply(q, k, v, key_lengths, problem, implementation)
         else:
-            out, lse = _forward(implementation, problem, q, k, v, key_lengths)
+            out, lse, _, _ = _forward(implementation, problem, q, k, v, key_lengths)
     if not return_lse:
         return out
     assert lse is not None
@@ -235,10 +261,11 @@ def _empty(like: Tensor, seqlen: int, head_dim: int) -> Tensor:
 
 def _allocate_forward(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    out = _empty(q, problem.seqlen_q, problem.head_dim_v)
-    lse = q.new_empty((problem.batch, problem.num_heads, problem.seqlen_q), dtype=problem.lse_dtype)
-    return out, lse
+) -> tuple[Tensor, ...]:
+    """out, lse, and the maximum and sum of each row, which the kernels keep for their backward."""
+    rows = (problem.batch, problem.num_heads, problem.seqlen_q)
+    statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(3)]
+    return _empty(q, problem.seqlen_q, problem.head_dim_v), *statistics
 
 
 def _allocate_backward(
@@ -278,7 +305,7 @@ _forward = Operator(
     "attention",
     "attention_forward",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, float softmax_scale, SymInt window_left, "
-    "SymInt window_right, str backend) -> (Tensor, Tensor)",
+    "SymInt window_right, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     4,
     allocate=_allocate_forward,
     describe=lambda q, k, v, key_lengths, *options: _describe(q, k, v, *options),
@@ -288,11 +315,11 @@ _backward = Operator(
     "attention",
     "attention_backward",
     "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor out, "
-    "Tensor lse, float softmax_scale, SymInt window_left, SymInt window_right, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
-    8,
+    "Tensor row_max, Tensor row_sum, float softmax_scale, SymInt window_left, "
+    "SymInt window_right, str backend) -> (Tensor, Tensor, Tensor)",
+    9,
     allocate=_allocate_backward,
-    describe=lambda dout, dlse, q, k, v, key_lengths, out, lse, *options: _describe(
+    describe=lambda dout, dlse, q, k, v, key_lengths, out, row_max, row_sum, *options: _describe(
         q, k, v, *options
     ),
     options=_options,
@@ -302,7 +329,7 @@ _backward = Operator(
 def _gradients(
     ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    q, k, v, key_lengths, out, lse = ctx.saved_tensors
+    q, k, v, key_lengths, out, row_max, row_sum = ctx.saved_tensors
     if torch.is_grad_enabled():
         return reference_gradients(
             lambda q, k, v: _reference(ctx.problem, q, k, v, key_lengths), (q, k, v), (dout, dlse)
@@ -310,7 +337,8 @@ def _gradients(
     dout = torch.zeros_like(out) if dout is None else dout
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = dlse if dlse is None else dlse.contiguous()
-    return run(ctx.implementation, ctx.problem, dout, dlse, q, k, v, key_lengths, out, lse)
+    tensors = dout, dlse, q, k, v, key_lengths, out, row_max, row_sum
+    return run(ctx.implementation, ctx.problem, *tensors)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -326,9 +354,9 @@ class AttentionFunction(torch.autograd.Function):
         problem: Problem,
         implementation: Implementation,
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(implementation, problem, q, k, v, key_lengths)
+        out, lse, *statistics = _forward(implementation, problem, q, k, v, key_lengths)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, key_lengths, out, lse)
+        ctx.save_for_backward(q, k, v, key_lengths, out, *statistics)
         ctx.problem, ctx.implementation = problem, implementation
         return out, lse
 
@@ -337,15 +365,17 @@ class AttentionFunction(torch.autograd.Function):
         return *_gradients(ctx, _backward, dout, dlse), None, None, None
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, v, key_lengths, *options, backend = inputs
+    out, _, *statistics = output
+    ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, key_lengths, *output)
+    ctx.save_for_backward(q, k, v, key_lengths, out, *statistics)
     ctx.problem = _describe(q, k, v, *options)
     ctx.implementation = table(backend)["attention"]
 
 
-def _backward_from_graph(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+def _backward_from_graph(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple:
     grads = _gradients(ctx, _backward.from_graph, dout, dlse)
     return *grads, None, None, None, None, None
 

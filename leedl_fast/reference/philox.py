@@ -149,4 +149,4 @@ def standard_normal(n: int, seeds: Tensor, streams: Tensor | None = None) -> Ten
     key = ((seeds & _MASK)[:, None], (seeds >> 32 & _MASK)[:, None])
     words = philox4x32(counter, key)
     numbers = (*_normal_pair(words[0], words[1]), *_normal_pair(words[2], words[3]))
-    return torch.stack(numbers, dim=-1).reshape(len(seeds), -1)[:, :n].contiguous()  # [batch, n]
+    return torch.stack(numbers, dim=-1).flatten(1)[:, :n].contiguous()  # [batch, n]

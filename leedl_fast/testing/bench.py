@@ -7,6 +7,7 @@ How many times faster one function is than another:
 """
 
 import ctypes
+import functools
 import gc
 import math
 import os
@@ -158,7 +159,8 @@ def peak_memory(function: Function, device: torch.device | None = None) -> int |
     """Bytes that one call of `function` needs at most, beyond what is in use when it starts.
 
     On the CPU: the high-water mark of the process's resident memory, which counts the buffers of
-    compiled kernels too. None where the system has no resettable mark (all but Linux).
+    compiled kernels too, to about a megabyte. None where the system has no resettable mark (all but
+    Linux).
     """
     gc.collect()
     if device is not None and device.type == "cuda":
@@ -229,7 +231,8 @@ def measure_ceilings(
     for dtype in dtypes:
         a = torch.randn(matmul_size, matmul_size, device=device).to(dtype)
         b, c = a.t().contiguous(), torch.empty_like(a)
-        seconds = _best(synchronized(lambda a=a, b=b, c=c: torch.mm(a, b, out=c), device), budget_s)
+        product = functools.partial(torch.mm, a, b, out=c)
+        seconds = _best(synchronized(product, device), budget_s)
         rates[str(dtype).removeprefix("torch.")] = 2 * matmul_size**3 / seconds
     return Ceilings(moved / copy_s, rates)
 

@@ -12,8 +12,7 @@ from leedl_fast.testing.samples import Case
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest |actual - expected|, in float64; infinities must agree, NaN is infinitely wrong.
-    """
+    """The largest |actual - expected|, in float64; infinities must agree, NaN is all wrong."""
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
         raise ValueError(

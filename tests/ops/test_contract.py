@@ -124,7 +124,10 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
     window = (0.5, 3, 2)
     arguments = {
         "attention_forward": (q, k, v, None, *window),
-        "attention_backward": (out, lse, q, k, v, torch.tensor([7, 2]), out, lse, *window),
+        "attention_backward": (
+            *(out, lse, q, k, v, torch.tensor([7, 2]), out, lse, lse + 1),
+            *window,
+        ),
         "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
         "add_layer_norm_backward": (
             *(x, residual, x, torch.rand(6), torch.rand(6), weight, bias),

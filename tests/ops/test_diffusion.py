@@ -1,5 +1,4 @@
-"""Properties of the diffusion steps that a comparison of numbers does not show, and their errors.
-"""
+"""Properties of diffusion steps that a comparison of numbers does not show, and their errors."""
 
 import math
 

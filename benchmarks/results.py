@@ -1,0 +1,119 @@
+"""The results of a session as plain data, and the questions that every report asks of them."""
+
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from leedl_fast.benchmarks.suite import OURS, Recorder
+from leedl_fast.testing.bench import Ceilings, machine
+
+SCHEMA = 1
+
+Results = dict[str, Any]
+
+
+def collect(recorder: Recorder) -> Results:
+    """Everything that the reports need, ready for JSON."""
+    settings, ceilings = recorder.settings, recorder.measure_ceilings()
+    for case in recorder.cases:
+        for row in ran(case):
+            row["percent"] = percent_of_ceiling(row, case["dtype"], ceilings)
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": importlib.metadata.version("leedl_fast"),
+        "tier": settings.tier,
+        "backend": settings.backend,
+        "machine": machine(settings.device)
+        | {"instruction_set": _instruction_set(settings.backend)},
+        "ceilings": {
+            "copy_gb_per_s": ceilings.copy_bytes_per_s / 1e9,
+            "matmul_gflop_per_s": {
+                dtype: rate / 1e9 for dtype, rate in ceilings.matmul_flop_per_s.items()
+            },
+        },
+        "cases": recorder.cases,
+        "curves": recorder.curves,
+        "failures": recorder.failures,
+    }
+
+
+def percent_of_ceiling(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> float | None:
+    """Of the copy bandwidth where bytes limit, of the matrix rate where arithmetic does."""
+    if "gb_per_s" in row:
+        return 100 * row["gb_per_s"] * 1e9 / ceilings.copy_bytes_per_s
+    peak = ceilings.matmul_flop_per_s.get(dtype)
+    return 100 * row["gflop_per_s"] * 1e9 / peak if peak and "gflop_per_s" in row else None
+
+
+def _instruction_set(backend: str) -> str | None:
+    """What the compiled CPU module was built for."""
+    if backend != "cpu":
+        return None
+    from leedl_fast.backends import cpu
+
+    return cpu.isa()
+
+
+def machine_name(results: Results) -> str:
+    """A file name for this kind of machine: "intel-r-xeon-r-processor-2-50ghz-2-cores"."""
+    facts = results["machine"]
+    return re.sub("[^a-z0-9]+", "-", f"{facts['processor']} {facts['cores']} cores".lower()).strip(
+        "-"
+    )
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """A reader sees the old file or the whole new one."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def save(results: Results, path: Path) -> None:
+    write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def ours(case: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in case["implementations"] if row["name"] == OURS)
+
+
+def ran(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The implementations that could be measured."""
+    return [row for row in case["implementations"] if row["reason"] is None]
+
+
+def peers(case: dict[str, Any]) -> list[dict[str, Any]]:
+    """The other implementations that ran."""
+    return [row for row in case["implementations"] if row["name"] != OURS and row["reason"] is None]
+
+
+def strongest_peer(case: dict[str, Any]) -> dict[str, Any] | None:
+    """The fastest other implementation that is not wrong."""
+    right = [row for row in peers(case) if row["accurate"] is not False]
+    return min(right, key=lambda row: row["median_ms"], default=None)
+
+
+def bars(results: Results) -> list[dict[str, Any]]:
+    """Every speed-up that the project asks for, with what was measured."""
+    return [
+        bar | {"op": case["op"], "case": f"{case['name']}, {case['sizes']}", "met": met(bar)}
+        for case in results["cases"]
+        for bar in case["bars"]
+    ]
+
+
+def met(bar: dict[str, Any]) -> bool:
+    return bar["measured"] is not None and bar["measured"] >= bar["at_least"]
