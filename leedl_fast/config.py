@@ -2,7 +2,7 @@
 
 LEEDL_FAST_CPU      the CPU module to use: "avx512", "avx2" or "baseline"; by default the best that
                     this processor runs.
-LEEDL_FAST_BACKEND  what `use_backend` would set for the whole process: "cpu" or "eager"; unset,
+LEEDL_FAST_BACKEND  what `use_backend` would set for the whole process; unset,
                     each op picks its own.
 """
 

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import leedl_fast
 from leedl_fast import backends, config
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu, triton
 
 
 def processor() -> str:
@@ -43,7 +43,15 @@ def report(console: Console | None = None) -> bool:
 
 
 def _states(backend: str) -> list[tuple[str, str]]:
-    if backend != "cpu":
+    if backend == "triton":
+        if (reason := triton.reason()) is not None:
+            return [(backend, f"[yellow]does not run[/]: {reason}")]
+        if triton.is_interpreted():
+            return [(backend, "[green]runs[/] in Triton's interpreter")]
+        if not torch.cuda.is_available():
+            return [(backend, "[yellow]does not run[/]: torch sees no GPU here")]
+        return [(backend, f"[green]runs[/] on {torch.cuda.get_device_name()}")]
+    if backend == "eager":
         return [
             (backend, "[green]runs[/]: plain PyTorch, on any device, for what nothing else takes")
         ]

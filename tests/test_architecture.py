@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "leedl_fast"
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "reference": set(),
-    "backends": {"config"},
+    "backends": {"config", "kernels"},
     "ops": {"backends", "reference"},
     "testing": {"ops", "backends", "reference"},
     "layers": {"ops", "backends"},

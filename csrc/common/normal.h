@@ -1,14 +1,13 @@
 // Standard normal numbers from pairs of random words: Box-Muller out of IEEE-exact operations only, so that every
 // implementation (scalar, AVX2, AVX-512, CUDA, Triton, plain PyTorch) gives the same bits.
 //
-// Element i of a sample comes from word i & 3 of philox_words(seed, i >> 2, stream). Words (0, 1) give elements 0 and 1,
-// words (2, 3) give elements 2 and 3. Below, (a, b) is such a pair, z0 = r cos(2 pi b / 2^32) is its first element and
-// z1 = r sin(2 pi b / 2^32) its second, with r = sqrt(-2 ln u) and u = (a + 1/2) / 2^32 for a < 2^31,
-// u = 1 - (2^32 - a - 1/2) / 2^32 otherwise: the same number, written so that float32 keeps the small side of either end.
-// |z| <= 6.77; the error against float64 is below 1e-6.
+// Element i of a sample comes from word i & 3 of philox_words(seed, i >> 2, stream). Words (0, 1) give elements 0 and
+// 1, words (2, 3) give elements 2 and 3. Below, (a, b) is such a pair, z0 = r cos(2 pi b / 2^32) is its first element
+// and z1 = r sin(2 pi b / 2^32) its second, with r = sqrt(-2 ln u) and u = (a + 1/2) / 2^32. Where a >= 2^31, u is held
+// as u - 1, so that float32 is precise at both ends of (0, 1). |z| < 6.77; the error against float64 is below 2e-6.
 //
-// The recipe. Everything is float32, rounded to nearest even; fma rounds once; no add ever takes a product that could be
-// contracted into an fma (an fma may take one as its addend); int32(.) reinterprets 32 bits; float(.) converts an int32.
+// The recipe. Everything is float32, rounded to nearest even; fma rounds once; no plain add takes a plain product,
+// which a compiler could contract into an fma; int32(.) reinterprets 32 bits; float(.) converts an int32.
 //   Radius
 //     g = fma(float(int32(a)), 0x1p-32, 0x1p-33)             |g| in [2^-33, 1/2]
 //     if a < 2^31:  k = float((bits(g) >> 23) - 126)         u = g = 2^k (1 + t), t in [-1/2, 0)

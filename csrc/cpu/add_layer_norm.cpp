@@ -1,7 +1,7 @@
 // Residual + LayerNorm (or RMSNorm): summed = x + residual, normed = (summed - mean) * rstd * weight + bias.
 //
-// A row's inputs are read from memory once: its later passes find them in the caches. Several rows advance together, because
-// one row alone waits for the latencies of its own sums; each row's numbers are the same however the rows are grouped.
+// A row's inputs are read from memory once: its later passes find them in the caches. Several rows are summed together,
+// because one row alone waits for the latencies of its own sums; a row's numbers do not depend on that grouping.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -49,8 +49,8 @@ inline void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   if (j < end) body(Rest<T>{j, end - j});
 }
 
-// kSums sums over 0 .. n - 1 at once: add(at, sums) adds one vector to each. Vectors are summed in runs of a fixed length, and
-// then the runs, so that rounding errors stay small in long rows.
+// kSums sums over 0 .. n - 1 at once: add(at, sums) adds one vector to each. Vectors are summed in runs of a fixed
+// length, and then the runs, so that rounding errors stay small in long rows.
 template <typename T, int kSums, typename Add>
 inline void row_sums(int64_t n, T* totals, const Add& add) {
   using V = Vec<T>;
@@ -215,8 +215,8 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
   for (; row < end; ++row) run(std::integral_constant<int, 1>(), row);
 }
 
-// Rows of one task. The blocks are also the partition by which dweight and dbias are summed: at least 16 rows, so that the
-// partial sums are few against the data, at most 128, so that their rounding errors stay small.
+// Rows of one task. The blocks are also the partition by which dweight and dbias are summed: at least 16 rows, so that
+// the partial sums are few against the data, at most 128, so that their rounding errors stay small.
 int64_t rows_per_block(int64_t rows) { return std::clamp((rows + 63) / 64, int64_t{16}, int64_t{128}); }
 
 template <typename T>

@@ -1,8 +1,8 @@
-// Diffusion processes: noise, noising, the training loss and its gradient, and one sampling step. Each is one pass over the
-// data; the noise is made a chunk at a time in the first-level cache and never stored.
+// Diffusion processes: noise, noising, the training loss and its gradient, and one sampling step. Each is one pass over
+// the data; the noise is made a chunk at a time in the first-level cache and never stored.
 //
-// All tensors are contiguous (batch, n); every sample has its own seed, its own stream and its own coefficients, so that its
-// numbers depend on nothing else in the batch. A task is one block of one sample, whatever the number of threads.
+// All tensors are contiguous (batch, n); every sample has its own seed, stream and coefficients, so that its numbers
+// depend on nothing else in the batch. A task is one block of one sample, however many threads there are.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -170,7 +170,7 @@ T squared_error(const T* y, const T* x, const T* z, Vec<T> c0, Vec<T> c1, int64_
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// sums[b] = the sum of (model_output - target)^2 over sample b: chunks in T, chunks and blocks added in double in order.
+// sums[b] = the sum of (model_output - target)^2 over sample b: each chunk in T, the chunks in double and in order.
 template <typename T>
 void noise_prediction_loss_forward(std::uintptr_t sums, std::uintptr_t model_output, std::uintptr_t sample,
                                    std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t seeds,

@@ -1,7 +1,7 @@
 // The random words of philox.h and the normal numbers of normal.h, a vector at a time and in the same bits.
 //
-// A Philox word lives in the low half of a 64-bit lane, one lane per counter. The high half may hold anything: the 32 x 32
-// bit multiply ignores it, and its product's low half is the next word as it stands.
+// A Philox word lives in the low half of a 64-bit lane, one lane per counter. The high half may hold anything: the
+// 32 x 32 bit multiply ignores it, and its product's low half is the next word as it stands.
 #pragma once
 
 #include <cstdint>
@@ -97,7 +97,7 @@ inline Vec<float> split(Vec<float> g, Words a, Vec<float>& k_term) {
 #if defined(__AVX512F__)
   const __mmask16 below_half = _mm512_testn_epi32_mask(reinterpret_cast<__m512i>(a), _mm512_set1_epi32(INT32_MIN));
   const Vec<float> exponent = {_mm512_mask_getexp_ps(_mm512_set1_ps(-1.0f), below_half, g.lanes)};
-  k_term = fma(exponent, minus_two_ln2, minus_two_ln2);  // (k - 1) c + c rounded once: k c exactly as the product rounds
+  k_term = fma(exponent, minus_two_ln2, minus_two_ln2);  // (k - 1) c + c, rounded once: the product k c
   const __m512 mantissa = _mm512_getmant_ps(g.lanes, _MM_MANT_NORM_p5_1, _MM_MANT_SIGN_zero);
   return {_mm512_mask_sub_ps(g.lanes, below_half, mantissa, one.lanes)};
 #else

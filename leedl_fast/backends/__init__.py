@@ -24,20 +24,21 @@ class Implementation(NamedTuple):
 
 EAGER = Implementation("eager", lambda problem: None, {})  # ops call leedl_fast.reference instead
 
-_ORDER = {"cpu": ("cpu", "eager")}  # per device type; every other device has only "eager"
+# Per device type; every other device has only "eager".
+_ORDER = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
 _active: str | None = config.BACKEND  # a plain global: torch.compile guards on it, and recompiles
 
 
 def names() -> tuple[str, ...]:
     """All backends that exist, whether or not they can run here."""
-    return ("cpu", "eager")
+    return ("cpu", "triton", "eager")
 
 
 def table(backend: str) -> Mapping[str, Implementation]:
     """The ops that `backend` implements."""
-    from leedl_fast.backends import cpu
+    from leedl_fast.backends import cpu, triton
 
-    return {"cpu": cpu.TABLE, "eager": _EAGER_TABLE}[backend]
+    return {"cpu": cpu.TABLE, "triton": triton.TABLE, "eager": _EAGER_TABLE}[backend]
 
 
 _EAGER_TABLE = dict.fromkeys(("attention", "add_layer_norm", "diffusion"), EAGER)
@@ -72,8 +73,7 @@ def select(op: str, problem: Any, backend: str | None = None) -> Implementation:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Run every op called inside on `backend` ("cpu", "eager"); None gives the choice back to each
-    op.
+    """Run every op called inside on `backend` ("cpu", "triton", "eager"); None: each op picks.
 
     Like the `backend=` argument it never falls back: an op that the backend cannot run raises
     NotImplementedError. Holds for the whole process, threads included.

@@ -85,12 +85,13 @@ def _check_isa(name: str, isa: str) -> None:
 
 
 def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    return _entry_point(isa(), name, dtype)
+    return _entry_point(_forced_isa, name, dtype)
 
 
 @cache
-def _entry_point(isa: str, name: str, dtype: torch.dtype) -> Callable[..., None]:
-    return getattr(modules()[isa], f"{name}_{str(dtype).removeprefix('torch.')}")
+def _entry_point(forced: str | None, name: str, dtype: torch.dtype) -> Callable[..., None]:
+    module = modules()[forced or _default_isa() or ""]
+    return getattr(module, f"{name}_{str(dtype).removeprefix('torch.')}")
 
 
 def _unsupported(problem: Any) -> str | None:
@@ -180,24 +181,36 @@ def _add_layer_norm_forward(
     bias: Tensor | None,
 ) -> None:
     rows, n = problem.rows, problem.n
-    x, residual = _rows(x, rows, n), _rows(residual, rows, n)
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    x, x_row_stride = _rows(x, rows, n)
+    residual, residual_row_stride = _rows(residual, rows, n)
+    weight = weight if weight is None else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     _kernel("add_layer_norm_forward", problem.dtype)(
-        *map(_pointer, (normed, summed, mean, rstd, x, residual, weight, bias)),
+        normed.data_ptr(),
+        summed.data_ptr(),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        x.data_ptr(),
+        residual.data_ptr(),
+        _pointer(weight),
+        _pointer(bias),
         rows,
         n,
-        x.stride(0),
-        residual.stride(0),
+        x_row_stride,
+        residual_row_stride,
         problem.eps,
         problem.norm == "rms",
         torch.get_num_threads(),
     )
 
 
-def _rows(x: Tensor, rows: int, n: int) -> Tensor:
-    """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
-    x = x if x.dim() == 2 else x.reshape(rows, n)
-    return x if x.stride(1) == 1 else x.contiguous()
+def _rows(x: Tensor, rows: int, n: int) -> tuple[Tensor, int]:
+    """x as `rows` contiguous rows of n and their stride, without a copy where strides allow it."""
+    if x.is_contiguous():
+        return x, n
+    x = x.reshape(rows, n)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0)
 
 
 def _add_layer_norm_backward(

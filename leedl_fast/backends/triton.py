@@ -79,6 +79,97 @@ def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 @_on_its_device
+def _attention_forward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import attention
+
+    attention.forward(*tensors, **_attention_options(problem))
+
+
+@_on_its_device
+def _attention_backward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import attention_backward
+
+    attention_backward.backward(*tensors, **_attention_options(problem))
+
+
+def _attention_options(problem: Any) -> dict[str, Any]:
+    return {
+        "softmax_scale": problem.softmax_scale,
+        "window_left": problem.window_left,
+        "window_right": problem.window_right,
+    }
+
+
+def _rows(x: Tensor, rows: int, n: int) -> Tensor:
+    """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
+    x = x.reshape(rows, n)
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@_on_its_device
+def _add_layer_norm_forward(
+    problem: Any,
+    normed: Tensor,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    from leedl_fast.kernels import add_layer_norm
+
+    rows, n = problem.rows, problem.n
+    add_layer_norm.forward(
+        normed,
+        summed,
+        mean,
+        rstd,
+        _rows(x, rows, n),
+        _rows(residual, rows, n),
+        *(
+            parameter if parameter is None else parameter.contiguous()
+            for parameter in (weight, bias)
+        ),
+        eps=problem.eps,
+        is_rms=problem.norm == "rms",
+    )
+
+
+@_on_its_device
+def _add_layer_norm_backward(
+    problem: Any,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    from leedl_fast.kernels import add_layer_norm
+
+    add_layer_norm.backward(
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        dnormed,
+        dsummed,
+        summed,
+        mean,
+        rstd,
+        weight if weight is None else weight.contiguous(),
+        rows=problem.rows,
+        n=problem.n,
+        is_rms=problem.norm == "rms",
+    )
+
+
+@_on_its_device
 def _randn(problem: Any, *tensors: Tensor | None) -> None:
     from leedl_fast.kernels import diffusion
 
@@ -121,6 +212,19 @@ def _step(problem: Any, *tensors: Tensor | None) -> None:
 
 TABLE = MappingProxyType(
     {
+        "attention": Implementation(
+            "triton",
+            _attention_unsupported,
+            {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+        ),
+        "add_layer_norm": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "add_layer_norm_forward": _add_layer_norm_forward,
+                "add_layer_norm_backward": _add_layer_norm_backward,
+            },
+        ),
         "diffusion": Implementation(
             "triton",
             _unsupported,

@@ -9,6 +9,7 @@ from leedl_fast import reference
 from leedl_fast.backends import Implementation, table
 from leedl_fast.ops import checks
 from leedl_fast.ops.contract import (
+    Function,
     Operator,
     needs_grad,
     reference_gradients,
@@ -57,7 +58,7 @@ def add_layer_norm(
         bias: (n,), the shift, or None for 0.
         eps: added to the variance; finite and not negative.
         norm: "layer" or "rms".
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         (normed, summed), both of the shape and dtype of x, both differentiable any number of times.
@@ -130,11 +131,12 @@ def _allocate_forward(
     problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = problem.statistics_dtype
+    contiguous = torch.contiguous_format
     return (
-        x.new_empty(x.shape),
-        x.new_empty(x.shape),
-        x.new_empty(problem.rows if problem.norm == "layer" else 0, dtype=statistics),
-        x.new_empty(problem.rows, dtype=statistics),
+        torch.empty_like(x, memory_format=contiguous),
+        torch.empty_like(x, memory_format=contiguous),
+        torch.empty(problem.rows, dtype=statistics, device=problem.device),
+        torch.empty(problem.rows, dtype=statistics, device=problem.device),
     )
 
 
@@ -222,7 +224,7 @@ def _gradients(
     return dx, dx, None if weight is None else dweight, None if bias is None else dbias
 
 
-class AddLayerNormFunction(torch.autograd.Function):
+class AddLayerNormFunction(Function):
     """The autograd node of eager mode; its backward is differentiable through the reference."""
 
     @staticmethod

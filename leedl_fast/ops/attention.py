@@ -12,6 +12,7 @@ from leedl_fast import reference
 from leedl_fast.backends import Implementation, table
 from leedl_fast.ops import checks
 from leedl_fast.ops.contract import (
+    Function,
     Operator,
     needs_grad,
     reference_gradients,
@@ -103,7 +104,7 @@ def attention(
             not move the diagonal. What the other keys hold is never read into a result.
         return_lse: return (out, lse) with lse (batch, num_heads, seqlen_q), the natural log of each
             query's sum of exponentials, in float32 (float64 for float64); differentiable.
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         out, (batch, num_heads, seqlen_q, head_dim_v), in the dtype and storage order of q.
@@ -341,7 +342,7 @@ def _gradients(
     return run(ctx.implementation, ctx.problem, *tensors)
 
 
-class AttentionFunction(torch.autograd.Function):
+class AttentionFunction(Function):
     """The autograd node of eager mode; its backward is differentiable through the reference."""
 
     @staticmethod

@@ -104,20 +104,37 @@ def resolver(op: str, check: Callable[..., Any]) -> Callable[..., tuple[Any, Imp
 
 def traced(*tensors: Tensor | None) -> bool:
     """True when calls must go through torch's dispatcher: under torch.compile, or with fake and
-    proxy tensors.
-    """
-    return torch.compiler.is_compiling() or any(
-        type(tensor) not in _PLAIN for tensor in tensors if tensor is not None
-    )
+    proxy tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    # A loop, here and below, for a generator would cost as much as a small kernel.
+    for tensor in tensors:  # noqa: SIM110
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return True
+    return False
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in tensors if tensor is not None
-    )
+    """True when an autograd node must be made."""
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+class Function(torch.autograd.Function):
+    """An autograd node without the support for functorch that torch.autograd.Function looks for in
+    each argument of each call; under a functorch transform it fails as that one does."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*arguments)
+        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
 
 
 def reference_gradients(

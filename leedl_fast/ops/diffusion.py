@@ -6,7 +6,7 @@ from torch import Tensor
 from leedl_fast.backends import Implementation
 from leedl_fast.ops import checks
 from leedl_fast.ops import diffusion_operators as operators
-from leedl_fast.ops.contract import Operator, needs_grad, resolver, traced
+from leedl_fast.ops.contract import Function, Operator, needs_grad, resolver, traced
 from leedl_fast.ops.diffusion_operators import Problem
 from leedl_fast.ops.noise_schedule import (
     PREDICTION_TYPES,
@@ -80,7 +80,7 @@ def randn(
             a torch.Generator, which means torch's own stream, torch.randn(shape, generator=seed).
         dtype: float32, float64, bfloat16 or float16. The numbers are made in float32 and converted.
         device: where the result lies.
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         A tensor of that shape. Not differentiable.
@@ -122,7 +122,7 @@ def add_noise(
         seed: where the noise comes from, as in `randn`; it is made in the kernel and never stored.
             `noise_prediction_loss` with the same seed makes it again. Draw a new seed per step.
         noise: the noise itself, of the shape and dtype of sample, instead of a seed.
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         The noisy samples, of the shape and dtype of sample; differentiable in sample and noise.
@@ -168,7 +168,7 @@ def noise_prediction_loss(
         timesteps, schedule, seed, noise: the same as given to `add_noise`.
         prediction_type: "epsilon", "v_prediction" or "sample".
         reduction: "mean" over all elements, or "sum".
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         A scalar of the dtype of model_output; sums are float64 on the CPU. Differentiable any
@@ -235,7 +235,7 @@ def ddpm_step(
         unconditional_output, guidance_scale: classifier-free guidance (Ho and Salimans 2022): the
             model is taken to have said unconditional_output + guidance_scale (model_output -
             unconditional_output).
-        backend: "cpu" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         prev_sample, of the shape and dtype of sample; the step to the clean sample adds no noise.
@@ -322,7 +322,7 @@ def _resolve_tensor(
 
 def _run(
     operator: Operator,
-    function: type[torch.autograd.Function] | None,
+    function: type[Function] | None,
     implementation: Implementation,
     problem: Problem,
     *tensors: Tensor | None,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from leedl_fast.backends import Implementation, table
-from leedl_fast.ops.contract import Operator
+from leedl_fast.ops.contract import Function, Operator
 from leedl_fast.reference import diffusion as reference
 
 
@@ -93,7 +93,7 @@ step = Operator(
 )
 
 
-class AddNoiseFunction(torch.autograd.Function):
+class AddNoiseFunction(Function):
     """noisy = c0 sample + c1 noise; the gradients are one product each, in plain PyTorch."""
 
     @staticmethod
@@ -132,7 +132,7 @@ add_noise.register_autograd(
 )
 
 
-class NoisePredictionLossFunction(torch.autograd.Function):
+class NoisePredictionLossFunction(Function):
     """sums = per-sample squared error; the backward makes the noise again, in the kernel."""
 
     @staticmethod
@@ -187,7 +187,7 @@ loss_forward.register_autograd(
 )
 
 
-class StepFunction(torch.autograd.Function):
+class StepFunction(Function):
     """prev_sample; linear where nothing is clipped, so that the gradients need no noise."""
 
     @staticmethod

@@ -1,0 +1,222 @@
+"""What the kernels of both passes of attention share: tile ranges, masks, loads and dots.
+
+A `window` is the tuple (shift, window_left, window_right, seqlen_q, key_end): query i < seqlen_q
+sees key j < key_end when i + shift - window_left <= j <= i + shift + window_right, with shift =
+seqlen_k - seqlen_q. csrc/common/attention_tiles.h says the same to C++.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The interpreter keeps bfloat16 numbers as integers, and would multiply those.
+_PROMOTE_DOT = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b, acc float32."""
+    if _PROMOTE_DOT:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def program_of(tiles, num_heads):
+    """(tile, head, batch) of this program. The tiles of one head follow each other, the last, which
+    has the most work under a causal mask, first.
+    """
+    program = tl.program_id(0)
+    row = (program // tiles).to(tl.int64)
+    return tiles - 1 - program % tiles, row % num_heads, row // num_heads
+
+
+@triton.jit
+def key_end_of(key_lengths_ptr, batch, seqlen_k):
+    """Keys from here on are padding, and are not read."""
+    if key_lengths_ptr is not None:
+        length = tl.load(key_lengths_ptr + batch)
+        end = tl.minimum(tl.maximum(length, 0), seqlen_k).to(tl.int32)
+    else:
+        end = seqlen_k
+    return end
+
+
+@triton.jit
+def key_tiles(first_query, end_query, window, BLOCK: tl.constexpr):
+    """(begin, inner_begin, inner_end, end) of the key tiles that queries first_query .. end_query -
+    1 see; all of them see all keys of the inner ones.
+    """
+    shift, window_left, window_right, _, key_end = window
+    # Clamped before they are divided: integer division rounds towards zero.
+    begin = tl.maximum(first_query + shift - window_left, 0) // BLOCK
+    end = tl.cdiv(tl.minimum(tl.maximum(end_query + shift + window_right, 0), key_end), BLOCK)
+    inner_begin = tl.cdiv(tl.maximum(end_query - 1 + shift - window_left, 0), BLOCK)
+    last_inner = tl.maximum(first_query + shift + window_right + 1, 0)
+    inner_end = tl.minimum(last_inner, key_end) // BLOCK
+    inner_begin = tl.minimum(tl.maximum(inner_begin, begin), end)
+    inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def query_tiles(first_key, window, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """The same for the query tiles that see one tile of keys; none is inner where keys are
+    padding.
+    """
+    shift, window_left, window_right, seqlen_q, key_end = window
+    end_key = tl.minimum(first_key + BLOCK_KEYS, key_end)
+    begin = tl.maximum(first_key - shift - window_right, 0) // BLOCK
+    end = tl.cdiv(tl.minimum(tl.maximum(end_key - shift + window_left, 0), seqlen_q), BLOCK)
+    end = tl.where(first_key < key_end, end, 0)
+    inner_begin = tl.cdiv(tl.maximum(end_key - 1 - shift - window_right, 0), BLOCK)
+    last_inner = tl.maximum(first_key - shift + window_left + 1, 0)
+    inner_end = tl.minimum(last_inner, seqlen_q) // BLOCK
+    inner_end = tl.where(first_key + BLOCK_KEYS <= key_end, inner_end, 0)
+    inner_begin = tl.minimum(tl.maximum(inner_begin, begin), end)
+    inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def is_visible(query, key, window):
+    """query and key are broadcast against each other."""
+    shift, window_left, window_right, seqlen_q, key_end = window
+    position = query + shift
+    inside = (key >= position - window_left) & (key <= position + window_right)
+    return inside & (query < seqlen_q) & (key < key_end)
+
+
+@triton.jit
+def sees_one_key(query, window):
+    """The probability of such a query's key is 1 whatever the score: its dp and delta, equal but
+    for their rounding, are left out of ds.
+    """
+    shift, window_left, window_right, _, key_end = window
+    position = query + shift
+    first = tl.maximum(position - window_left, 0)
+    return first == tl.minimum(position + window_right, key_end - 1)
+
+
+@triton.jit
+def load_rows(
+    ptr, row, stride, row_end, DIM: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows of a (rows, DIM) matrix, [rows, BLOCK]; zeros from DIM on, and from row_end on if
+    MASKED.
+    """
+    column = tl.arange(0, BLOCK)
+    pointer = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    if MASKED:
+        tile = tl.load(pointer, (row < row_end)[:, None] & (column < DIM)[None, :], other=0)
+    elif DIM != BLOCK:
+        tile = tl.load(pointer, (column < DIM)[None, :], other=0)
+    else:
+        tile = tl.load(pointer)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, row, stride, row_end, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    pointer = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
+    mask = (row < row_end)[:, None] & (column < DIM)[None, :]
+    tl.store(pointer, tile.to(ptr.dtype.element_ty), mask)
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of one kernel: the rows that a program owns, and those of a step of its loop."""
+
+    own: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel, bytes of a number and largest head_dim; for NVIDIA's "hopper" and later, "ampere", and
+# AMD's "cdna". Chosen by what the compiler reports: the largest tiles that spill no registers.
+# float32 dots run out of registers, not on tensor cores; their "query" kernel spills a few above
+# head_dim 64 whatever its tiles.
+_BLOCKS = {
+    ("forward", 2, 64): {
+        "hopper": Blocks(128, 64, 4, 3),
+        "ampere": Blocks(128, 64, 8, 3),
+        "cdna": Blocks(128, 64, 4, 2),
+    },
+    ("forward", 2, 128): {
+        "hopper": Blocks(128, 64, 8, 3),
+        "ampere": Blocks(128, 64, 8, 3),
+        "cdna": Blocks(128, 32, 8, 2),
+    },
+    ("forward", 2, 256): {
+        "hopper": Blocks(128, 32, 8, 2),
+        "ampere": Blocks(64, 32, 8, 2),
+        "cdna": Blocks(64, 32, 4, 1),
+    },
+    ("query", 2, 64): {
+        "hopper": Blocks(128, 64, 8, 2),
+        "ampere": Blocks(128, 64, 8, 2),
+        "cdna": Blocks(128, 64, 8, 2),
+    },
+    ("query", 2, 128): {
+        "hopper": Blocks(128, 32, 8, 2),
+        "ampere": Blocks(128, 32, 8, 2),
+        "cdna": Blocks(128, 32, 8, 2),
+    },
+    ("query", 2, 256): {
+        "hopper": Blocks(32, 32, 8, 1),
+        "ampere": Blocks(32, 32, 8, 1),
+        "cdna": Blocks(32, 32, 4, 1),
+    },
+    ("key_value", 2, 64): {
+        "hopper": Blocks(128, 64, 8, 2),
+        "ampere": Blocks(128, 32, 8, 2),
+        "cdna": Blocks(64, 32, 4, 1),
+    },
+    ("key_value", 2, 128): {
+        "hopper": Blocks(128, 32, 8, 1),
+        "ampere": Blocks(64, 32, 8, 2),
+        "cdna": Blocks(32, 32, 4, 1),
+    },
+    ("key_value", 2, 256): {
+        "hopper": Blocks(32, 32, 8, 1),
+        "ampere": Blocks(32, 32, 8, 1),
+        "cdna": Blocks(32, 32, 4, 1),
+    },
+    ("forward", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(64, 32, 8, 1)),
+    ("forward", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 32, 8, 1)),
+    ("forward", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
+    ("query", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 32, 8, 1)),
+    ("query", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
+    ("query", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
+    ("key_value", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 16, 8, 1)),
+    ("key_value", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
+    ("key_value", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The column of the table; the interpreter takes any."""
+    if torch.version.hip is not None:
+        return "cdna"
+    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return "ampere" if is_ampere else "hopper"
+
+
+def blocks_for(kernel: str, q: Tensor, v: Tensor) -> Blocks:
+    head_dim = max(padded(q.shape[-1]), padded(v.shape[-1]), 64)
+    return _BLOCKS[kernel, q.element_size(), head_dim][architecture(q.device)]
+
+
+def padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 dots are IEEE's unless the user allows torch the faster ones."""
+    is_exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return "ieee" if is_exact else "tf32"

@@ -1,0 +1,33 @@
+"""Starts the interpreted tests beside the compilations: each keeps one core busy for a minute."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+INTERPRETED = Path(__file__).with_name("interpreted.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted_tests(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[int, str]]]:
+    """Waits for `interpreted.py`, which runs in a process of its own, since whether a kernel is
+    interpreted is decided when it is defined; returns its exit code and output.
+    """
+    if not any(item.path.stem == "test_interpreter" for item in request.session.items):
+        yield lambda: pytest.fail("the interpreted tests were not started")
+        return
+    command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider"]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen([*command, str(INTERPRETED)], stdout=output, stderr=output)
+
+        def wait() -> tuple[int, str]:
+            code = process.wait()
+            output.seek(0)
+            return code, output.read()
+
+        yield wait
+        process.kill()
+        process.wait()

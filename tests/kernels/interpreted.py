@@ -1,0 +1,239 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors; `conftest.py` runs this file in a
+process of its own.
+"""
+
+import random
+from functools import partial
+
+import pytest
+import rounded_interpreter  # noqa: F401  (before any kernel)
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leedl_fast.kernels import add_layer_norm as add_layer_norm_kernels
+from leedl_fast.kernels import attention_tiles
+from leedl_fast.ops import attention, diffusion
+from leedl_fast.testing.compare import (
+    allowed_error,
+    max_error,
+    outputs_and_gradients,
+    poisoned_outputs,
+)
+from leedl_fast.testing.samples import CASES, Case
+
+# Cases with more tiles than the interpreter gets through in seconds; what they add beside others
+# is length alone.
+TOO_LONG = {
+    "attention-full-long",
+    "attention-causal-prime",
+    "attention-window-causal",
+    "attention-window-more-keys",
+    "attention-window-fewer-keys",
+    "attention-one-query",
+    "add_layer_norm-many-rows",
+    "add_layer_norm-parallel",
+    "diffusion-add_noise-parallel",
+    "diffusion-noise_prediction_loss-sum",
+    "diffusion-ddpm_step-parallel",
+}
+SHORT = [case for case in CASES if str(case) not in TOO_LONG]
+# One number of the inputs' dtype is loaded and stored like another, whatever the sizes.
+IN_HALF = {
+    "attention-full-odd",
+    "attention-causal",
+    "attention-gqa",
+    "attention-key-lengths-window",
+    "attention-value-narrower",
+    "attention-huge-scores",
+    "add_layer_norm-one",
+    "add_layer_norm-odd",
+    "add_layer_norm-rms-bias",
+    "diffusion-add_noise-noise",
+    "diffusion-noise_prediction_loss-v_prediction",
+    "diffusion-ddpm_step-guidance-clip",
+}
+
+
+def _check(case: Case, dtype: torch.dtype) -> None:
+    expected = outputs_and_gradients(case, torch.float64, "eager", rounded_to=dtype)
+    plain = outputs_and_gradients(case, dtype, "eager")
+    with poisoned_outputs() as ran:
+        actual = outputs_and_gradients(case, dtype, "triton")
+    assert ran
+    allowed = {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
+    errors = {name: max_error(actual[name], expected[name]) for name in expected}
+    too_large = {
+        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
+    }
+    assert not too_large, "(error, allowed)"
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_conformance_in_float32(case: Case) -> None:
+    _check(case, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [case for case in SHORT if str(case) in IN_HALF], ids=str)
+def test_conformance_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    _check(case, dtype)
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "rms-bias", "no-weight", "odd"], ids=lambda name: f"add_layer_norm-{name}"
+)
+def test_rows_longer_than_the_registers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels for such rows, on rows of a few blocks."""
+    monkeypatch.setattr(add_layer_norm_kernels, "_MAX_FORWARD_N", 16)
+    monkeypatch.setattr(add_layer_norm_kernels, "_MAX_BACKWARD_N", 16)
+    monkeypatch.setattr(add_layer_norm_kernels, "_WIDE_BLOCK", 32)
+    (case,) = (case for case in CASES if str(case) == f"add_layer_norm-{name}")
+    _check(case, torch.float32)
+
+
+needs_exact_fma = pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9),
+    reason="the interpreter's fma rounds twice before Triton 3.9",
+)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+@needs_exact_fma
+@pytest.mark.parametrize("n", [1, 3, 4, 1023, 1025])
+def test_noise_is_the_cpu_backends_bit_for_bit(n: int) -> None:
+    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
+    of_triton, of_cpu = (
+        diffusion.randn((len(seeds), n), seed=seeds, backend=name) for name in ("triton", "cpu")
+    )
+    assert torch.equal(_bits(of_triton), _bits(of_cpu))
+
+
+@needs_exact_fma
+def test_diffusion_steps_are_the_cpu_backends_bit_for_bit() -> None:
+    shape = (3, 700)
+    sample, output, unconditional = torch.randn(3, *shape)
+    schedule = diffusion.NoiseSchedule.linear(1000)
+    timesteps = torch.tensor([999, 500, 0])
+
+    def run(name: str) -> list[Tensor]:
+        options = {"seed": 5, "backend": name}
+        guided = {"unconditional_output": unconditional, "guidance_scale": 3.0, "clip_range": 1.0}
+        return [
+            diffusion.add_noise(sample, timesteps, schedule, **options),
+            diffusion.ddpm_step(output, timesteps, sample, schedule, **options),
+            diffusion.ddpm_step(output, timesteps, sample, schedule, **options, **guided),
+        ]
+
+    for of_triton, of_cpu in zip(run("triton"), run("cpu"), strict=True):
+        assert torch.equal(_bits(of_triton), _bits(of_cpu))
+
+
+def _lengths_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v = torch.randn(3, 3, 2, 70, 16)
+    return q, k, v, torch.tensor([70, 37, 0])
+
+
+def test_attention_reads_no_padding() -> None:
+    q, k, v, lengths = _lengths_case()
+    poisoned = [x.clone() for x in (k, v)]
+    for x in poisoned:
+        for sample, length in enumerate(lengths.tolist()):
+            x[sample, :, length:] = torch.nan
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in tensors]
+        out = attention(*leaves, key_lengths=lengths, window=(20, 30), backend="triton")
+        return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+    for with_nan, without in zip(run(q, *poisoned), run(q, k, v), strict=True):
+        assert torch.equal(_bits(with_nan), _bits(without))
+
+
+def test_attention_of_a_sample_does_not_depend_on_its_batch() -> None:
+    q, k, v, lengths = _lengths_case()
+    whole = attention(q, k, v, key_lengths=lengths, causal=True, backend="triton")
+    for i in range(len(q)):
+        sample = slice(i, i + 1)
+        alone = attention(
+            q[sample],
+            k[sample],
+            v[sample],
+            key_lengths=lengths[sample],
+            causal=True,
+            backend="triton",
+        )
+        assert torch.equal(_bits(whole[sample]), _bits(alone))
+
+
+@triton.jit
+def _tiles_kernel(
+    out_ptr,
+    first,
+    end,
+    shift,
+    window_left,
+    window_right,
+    seqlen_q,
+    key_end,
+    OF_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    window = (shift, window_left, window_right, seqlen_q, key_end)
+    if OF_QUERIES:
+        tiles = attention_tiles.query_tiles(first, window, BLOCK_KEYS, BLOCK)
+    else:
+        tiles = attention_tiles.key_tiles(first, end, window, BLOCK)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + i, tiles[i])
+
+
+def _attends(
+    query: int, key: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int], key_end: int
+) -> bool:
+    """The definition, pair by pair."""
+    distance = key - (query + seqlen_k - seqlen_q)
+    return -window[0] <= distance <= window[1] and query < seqlen_q and key < key_end
+
+
+@pytest.mark.parametrize("of_queries", [False, True], ids=["key-tiles", "query-tiles"])
+def test_tile_ranges_are_exact(of_queries: bool) -> None:
+    """Every tile with a visible pair and no other, and as many unmasked ones as there can be."""
+    generator = random.Random(0)
+    own, step = 4, 8
+    for _ in range(60):
+        seqlen_q, seqlen_k = generator.randint(1, 40), generator.randint(1, 40)
+        key_end = generator.choice([seqlen_k, generator.randint(0, seqlen_k)])
+        window = generator.choice([0, 3, 11, 80]), generator.choice([0, 3, 11, 80])
+        shift = seqlen_k - seqlen_q
+        attends = partial(
+            _attends, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=window, key_end=key_end
+        )
+        first = own * generator.randrange(-(-(seqlen_k if of_queries else seqlen_q) // own))
+        end = min(first + own, seqlen_q)
+        out = torch.empty(4, dtype=torch.int32)
+        _tiles_kernel[(1,)](
+            out, first, end, shift, *window, seqlen_q, key_end, of_queries, own, step
+        )
+        begin, inner_begin, inner_end, stop = out.tolist()
+
+        mine = range(first, first + own if of_queries else end)
+        seen, full = [], []
+        for tile in range(-(-max(seqlen_q, seqlen_k) // step)):
+            others = range(tile * step, (tile + 1) * step)
+            pairs = [
+                attends(other, i) if of_queries else attends(i, other)
+                for i in mine
+                for other in others
+            ]
+            if any(pairs):
+                seen.append(tile)
+            if all(pairs):
+                full.append(tile)
+        assert list(range(begin, stop)) == seen
+        assert list(range(inner_begin, inner_end)) == full

@@ -1,0 +1,163 @@
+"""Every kernel compiles for every kind of GPU, as its launcher launches it, and none needs a GPU
+for that; registers and shared memory suffice.
+"""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from leedl_fast.kernels import (
+    add_layer_norm,
+    attention,
+    attention_backward,
+    attention_tiles,
+    diffusion,
+)
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+_ARCHITECTURES = {80: "ampere", 90: "hopper", 100: "hopper", "gfx942": "cdna"}
+
+bfloat16, float32 = torch.bfloat16, torch.float32
+Launch = Callable[[], None]
+
+
+def _compile(target: GPUTarget, launch: Launch) -> list[CompiledKernel]:
+    """The kernels that `launch` launches, compiled with its arguments instead of run."""
+    kernels = []
+    backend = make_backend(target)
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        options, signature, constants, attributes = self._pack_args(
+            backend, kwargs, bound, specialization, options
+        )
+        source = ASTSource(self, signature, constants, attributes)
+        kernels.append(triton.compile(source, target=target, options=options.__dict__))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", run)
+        patch.setattr(attention_tiles, "architecture", lambda device: _ARCHITECTURES[target.arch])
+        launch()
+    return kernels
+
+
+def _spilled(kernel: CompiledKernel, folder: Path) -> int:
+    """Bytes of stack (NVIDIA) or vector registers (AMD) that spilled to memory."""
+    if "amdgcn" in kernel.asm:
+        (count,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", kernel.asm["amdgcn"])
+        return int(count)
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    command = [str(CUOBJDUMP), "-res-usage", str(path)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,) = re.findall(r"STACK:(\d+)", usage)
+    return int(stack)
+
+
+def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
+    q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
+    rows = torch.empty(2, 4, 1024)
+    lengths = torch.empty(2, dtype=torch.int64)
+    options = {"softmax_scale": 0.1, "window_left": window, "window_right": 0}
+
+    def launch() -> None:
+        attention.forward(q, rows, rows, rows, q, k, k, lengths, **options)
+        attention_backward.backward(q, k, k, q, rows, q, k, k, lengths, q, rows, rows, **options)
+
+    return launch
+
+
+def _add_layer_norm(dtype: torch.dtype, n: int) -> Launch:
+    x, weight, row = torch.empty(64, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(64)
+
+    def launch() -> None:
+        add_layer_norm.forward(x, x, row, row, x, x, weight, weight, eps=1e-5, is_rms=False)
+        add_layer_norm.backward(
+            x, weight, weight, x, x, x, row, row, weight, rows=64, n=n, is_rms=False
+        )
+
+    return launch
+
+
+def _diffusion(dtype: torch.dtype) -> Launch:
+    batch, n = 2, 4096
+    x, seeds = torch.empty(batch, n, dtype=dtype), torch.empty(batch, dtype=torch.int64)
+    two, six = (
+        torch.empty(batch, 2, dtype=torch.float64),
+        torch.empty(batch, 6, dtype=torch.float64),
+    )
+    sums = torch.empty(batch, dtype=torch.float64)
+
+    def step(noise: Tensor | None, seeds: Tensor | None, clip_range: float | None) -> None:
+        diffusion.step(
+            *(x, x, x, x, noise, six, seeds, seeds, batch, n),
+            guidance_scale=2.0,
+            clip_range=clip_range,
+        )
+
+    def launch() -> None:
+        diffusion.randn(x, seeds, batch, n)
+        diffusion.add_noise(x, x, None, two, seeds, batch, n)
+        diffusion.noise_prediction_loss_forward(sums, x, x, None, two, seeds, batch, n)
+        diffusion.noise_prediction_loss_backward(x, x, x, None, two, sums, seeds, batch, n)
+        step(None, seeds, 1.0)
+        step(x, None, None)
+
+    return launch
+
+
+CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
+    ("attention-bfloat16-64", _attention(bfloat16, 64), tuple(TARGETS)),
+    ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
+    ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
+    ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
+    ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
+    ("add_layer_norm-bfloat16-40000", _add_layer_norm(bfloat16, 40000), tuple(TARGETS)),
+    ("diffusion-float32", _diffusion(float32), tuple(TARGETS)),
+    ("diffusion-bfloat16", _diffusion(bfloat16), ("sm_90",)),
+]
+
+
+def _parameters() -> list[Any]:
+    return [
+        pytest.param(launch, target, id=f"{name}-{target}")
+        for name, launch, targets in CASES
+        for target in targets
+    ]
+
+
+@pytest.mark.parametrize(("launch", "target"), _parameters())
+def test_kernels_compile_without_spills(launch: Launch, target: str, tmp_path: Path) -> None:
+    kernels = _compile(TARGETS[target], launch)
+    assert kernels
+    for kernel in kernels:
+        assert _spilled(kernel, tmp_path) == 0, kernel.metadata.name
+        assert kernel.metadata.shared <= SHARED_MEMORY[target], kernel.metadata.name
+
+
+def test_spills_are_seen(tmp_path: Path) -> None:
+    """The check above finds the spills of rows too long for the registers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(add_layer_norm, "_MAX_FORWARD_N", 32768)
+        kernels = _compile(TARGETS["sm_90"], _add_layer_norm(float32, 32768))
+    assert _spilled(kernels[0], tmp_path) > 0
