@@ -7,13 +7,9 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _fixed_random_state() -> None:
+def _fixed_state() -> Iterator[None]:
+    """Each test begins with the same random state, and may set the number of threads."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(params=(1, 2), ids=("1-thread", "2-threads"))
-def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)

@@ -81,20 +81,6 @@ struct Vec {
 #endif
   }
 
-  // Non-temporal: for outputs larger than the caches. p must be aligned to kVectorBytes; call stream_fence() once
-  // after.
-  void stream(T* p) const {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(lanes));
-#elif defined(__AVX2__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(lanes));
-#elif defined(__SSE2__)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(lanes));
-#else
-    store(p);
-#endif
-  }
-
   friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }
   friend Vec operator-(Vec a, Vec b) { return {a.lanes - b.lanes}; }
   friend Vec operator*(Vec a, Vec b) { return {a.lanes * b.lanes}; }
@@ -112,12 +98,6 @@ struct Vec {
   }
 #endif
 };
-
-inline void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // a * b + c with one rounding on every machine; slow where the instruction set has no fma (baseline x86-64).
 template <typename T>

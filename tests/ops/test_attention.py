@@ -45,15 +45,11 @@ def test_threads_and_runs_change_no_bit(isa: str, options: dict) -> None:
     if "key_lengths" in options:
         options["key_lengths"] = torch.tensor(options["key_lengths"])
     tensors = _qkv(2, 4, 650, 700, 32)
-    before = torch.get_num_threads()
-    try:
-        with cpu.use_isa(isa):
-            results = []
-            for threads in (1, 2, 3, 2):
-                torch.set_num_threads(threads)
-                results.append(_all(tensors, **options))
-    finally:
-        torch.set_num_threads(before)
+    with cpu.use_isa(isa):
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(_all(tensors, **options))
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)

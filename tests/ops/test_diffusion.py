@@ -29,16 +29,12 @@ def test_the_loss_sees_the_noise_that_was_added(isa: str) -> None:
 @ISA
 def test_threads_batch_and_backend_change_no_bit_of_the_noise(isa: str) -> None:
     shape = (3, 50_001)
-    before = torch.get_num_threads()
-    try:
-        with cpu.use_isa(isa):
-            results = []
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                results.append(diffusion.randn(shape, seed=11, backend="cpu"))
-            alone = diffusion.randn((1, 50_001), seed=11, backend="cpu")
-    finally:
-        torch.set_num_threads(before)
+    with cpu.use_isa(isa):
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(diffusion.randn(shape, seed=11, backend="cpu"))
+        alone = diffusion.randn((1, 50_001), seed=11, backend="cpu")
     assert all(torch.equal(result, results[0]) for result in results)
     assert torch.equal(alone[0], results[0][0])
     assert torch.equal(results[0][:, :999], diffusion.randn((3, 999), seed=11, backend="eager"))
