@@ -8,12 +8,19 @@ if TYPE_CHECKING:
     from leedl_fast.ops import diffusion
     from leedl_fast.ops.add_layer_norm import add_layer_norm
     from leedl_fast.ops.attention import attention
+    from leedl_fast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __version__ = "0.1.0"
-__all__ = ["add_layer_norm", "attention", "diffusion", "use_backend"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "diffusion",
+    "scaled_dot_product_attention",
+    "use_backend",
+]
 
 # Imported on first use: PyTorch takes seconds, and `leedl-fast --help` needs none of it.
-_HOME = {"use_backend": "backends", "add_layer_norm": "ops", "attention": "ops", "diffusion": "ops"}
+_HOME = {name: "backends" if name == "use_backend" else "ops" for name in __all__}
 
 
 def __getattr__(name: str) -> Any:

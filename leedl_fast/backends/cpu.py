@@ -108,6 +108,8 @@ def _attention_unsupported(problem: Any) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         sizes = f"{problem.head_dim} and {problem.head_dim_v}"
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
+    if problem.extras:
+        return f"does not take {', '.join(problem.extras)}"
     return _unsupported(problem)
 
 
@@ -129,7 +131,13 @@ def _attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
     _kernel("attention_forward", problem.dtype)(
         *map(_pointer, (out, lse, row_max, row_sum, q, k, v, key_lengths)),
@@ -147,12 +155,20 @@ def _attention_backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dbias: Tensor,
+    dsinks: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
     out: Tensor,
     row_max: Tensor,
     row_sum: Tensor,

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leedl_fast.ops.attention import Window, attention
+from leedl_fast.ops.attention import attention
+from leedl_fast.ops.windows import Window
 
 
 class MultiHeadAttention(nn.Module):

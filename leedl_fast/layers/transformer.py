@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from leedl_fast.layers.add_layer_norm import AddLayerNorm
 from leedl_fast.layers.attention import MultiHeadAttention
 from leedl_fast.layers.feed_forward import Activation, activation_function, feed_forward
-from leedl_fast.ops.attention import Window
+from leedl_fast.ops.windows import Window
 
 
 class TransformerEncoderLayer(nn.Module):

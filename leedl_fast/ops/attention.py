@@ -1,16 +1,16 @@
-"""Attention: the contract (checks, outputs, autograd) of full, causal and windowed softmax
+"""Attention: the contract (outputs, autograd, the public function) of full, causal and windowed
 attention.
 """
 
-import math
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from leedl_fast import reference
-from leedl_fast.backends import Implementation, table
-from leedl_fast.ops import checks
+from leedl_fast.backends import table
+from leedl_fast.ops import attention_problem, checks
+from leedl_fast.ops.attention_problem import Inputs, Problem, kind
 from leedl_fast.ops.contract import (
     Function,
     Operator,
@@ -19,30 +19,8 @@ from leedl_fast.ops.contract import (
     resolver,
     traced,
 )
-
-Window = int | tuple[int | None, int | None] | None
-
-
-class Problem(NamedTuple):
-    """Sizes and options of one call. The window is inclusive and never unlimited: at most
-    seqlen_q + seqlen_k, which reaches everything."""
-
-    batch: int
-    num_heads: int
-    num_heads_k: int
-    seqlen_q: int
-    seqlen_k: int
-    head_dim: int
-    head_dim_v: int
-    dtype: torch.dtype
-    device: torch.device
-    softmax_scale: float
-    window_left: int
-    window_right: int
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+from leedl_fast.ops.seeds import dropout_seed
+from leedl_fast.ops.windows import Window
 
 
 @overload
@@ -54,7 +32,16 @@ def attention(
     causal: bool = ...,
     window: Window = ...,
     softmax_scale: float | None = ...,
+    normalizer: str = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     key_lengths: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str | None = ...,
 ) -> Tensor: ...
@@ -67,7 +54,16 @@ def attention(
     causal: bool = ...,
     window: Window = ...,
     softmax_scale: float | None = ...,
+    normalizer: str = ...,
+    bias: Tensor | None = ...,
+    alibi_slopes: Tensor | None = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     key_lengths: Tensor | None = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    dropout_p: float = ...,
+    seed: int | Tensor | None = ...,
     return_lse: Literal[True],
     backend: str | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
@@ -79,14 +75,24 @@ def attention(
     causal: bool = False,
     window: Window = None,
     softmax_scale: float | None = None,
+    normalizer: str = "softmax",
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Scaled dot-product attention, softmax(softmax_scale * q k^T) v over the keys that each query
     sees.
 
-    Vaswani et al. 2017, equation 1; truncated self-attention when a window is given.
+    Vaswani et al. 2017, equation 1; truncated self-attention when a window is given. The formula
+    with all the options, which combine freely, stands in `leedl_fast/reference/attention.py`.
 
     Args:
         q: (batch, num_heads, seqlen_q, head_dim), float32, float64, bfloat16 or float16. Any
@@ -100,8 +106,28 @@ def attention(
             included, where shift = seqlen_k - seqlen_q. None on a side is unlimited; a number w
             alone means (w, w), or (w, 0) when causal. Negative numbers are an error.
         softmax_scale: factor on the scores; 1 / sqrt(head_dim) by default.
+        normalizer: "softmax"; "relu" or "sigmoid" take that function of each score instead, and
+            nothing makes a row sum to one.
+        bias: added to the scaled scores: (seqlen_q, seqlen_k), or up to 4 dimensions that broadcast
+            to (batch, num_heads, seqlen_q, seqlen_k); the dtype of q; -inf hides a key.
+            Differentiable.
+        alibi_slopes: (num_heads,) or (batch, num_heads), slope * |i + shift - j| is subtracted from
+            the scores (Press et al. 2022). Not differentiable.
+        softcap: positive; scaled scores become softcap * tanh(score / softcap), before bias and
+            slopes (Gemma 2).
+        sinks: (num_heads,): the score of one more key, of value zero, that every query of the head
+            sees (gpt-oss). Differentiable.
         key_lengths: (batch,) int64 or int32: sample b sees its first key_lengths[b] keys only. Does
             not move the diagonal. What the other keys hold is never read into a result.
+        cu_seqlens_q: (sequences + 1,) int64 or int32, rising from 0 to seqlen_q: a batch of 1 that
+            holds many sequences, one after another; sequence s is queries cu_seqlens_q[s] to
+            cu_seqlens_q[s + 1] - 1, and sees its own keys alone.
+        cu_seqlens_k: the same for the keys; cu_seqlens_q by default.
+        dropout_p: each probability becomes 0 with this probability, and p / (1 - dropout_p)
+            otherwise. Which ones follows from the seed and the place (sample, head, query, key)
+            alone: the same on every backend.
+        seed: an int, or an int64 tensor of one element, for dropout; None draws one from torch's
+            default generator.
         return_lse: return (out, lse) with lse (batch, num_heads, seqlen_q), the natural log of each
             query's sum of exponentials, in float32 (float64 for float64); differentiable.
         backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
@@ -125,129 +151,116 @@ def attention(
         checks.check_tensor(name, tensor)
     if isinstance(window, list):
         window = tuple(window)
+    if bias is not None:
+        bias = _bias_of_four_dimensions(bias, k.shape[-2])
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
     problem, implementation = _resolve(
         backend,
-        q.shape,
-        k.shape,
-        v.shape,
-        (q.dtype, k.dtype, v.dtype),
-        (q.device, k.device, v.device),
+        (q.shape, q.dtype, q.device),
+        (k.shape, k.dtype, k.device),
+        (v.shape, v.dtype, v.device),
+        kind(bias),
+        kind(sinks),
+        kind(alibi_slopes),
+        kind(cu_seqlens_q),
+        kind(cu_seqlens_k),
+        key_lengths is not None,
         causal,
         window,
         softmax_scale,
+        normalizer,
+        softcap,
+        dropout_p,
+        return_lse,
+        bias is not None and bias.requires_grad and torch.is_grad_enabled(),
     )
-    if key_lengths is not None:
-        checks.check_integer_vector("key_lengths", key_lengths, problem.batch, problem.device)
-        checks.check_range("key_lengths", key_lengths, 0, problem.seqlen_k)
-        key_lengths = key_lengths.to(torch.int64).contiguous()
+    inputs = _inputs(
+        problem, q, k, v, bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
+    )
     if implementation.backend == "eager":
-        out, lse = _reference(problem, q, k, v, key_lengths, return_lse=return_lse)
+        out, lse = _reference(problem, inputs, return_lse=return_lse)
+    elif traced(*inputs):
+        out, lse, _, _ = _forward.from_graph(implementation, problem, *inputs)
+    elif needs_grad(q, k, v, bias, sinks):
+        out, lse = AttentionFunction.apply(*inputs, problem, implementation)
     else:
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if traced(q, k, v, key_lengths):
-            out, lse, _, _ = _forward.from_graph(implementation, problem, q, k, v, key_lengths)
-        elif needs_grad(q, k, v):
-            out, lse = AttentionFunction.apply(q, k, v, key_lengths, problem, implementation)
-        else:
-            out, lse, _, _ = _forward(implementation, problem, q, k, v, key_lengths)
+        out, lse, _, _ = _forward(implementation, problem, *inputs)
     if not return_lse:
         return out
     assert lse is not None
     return out, lse
 
 
-def _check(
-    q_shape: torch.Size,
-    k_shape: torch.Size,
-    v_shape: torch.Size,
-    dtypes: tuple[torch.dtype, ...],
-    devices: tuple[torch.device, ...],
-    causal: bool,
-    window: Window,
-    softmax_scale: float | None,
-) -> Problem:
-    for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
-        if len(shape) != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, num_heads, seqlen, head_dim), "
-                f"got shape {tuple(shape)}"
-            )
-    batch, num_heads, seqlen_q, head_dim = q_shape
-    num_heads_k, seqlen_k = k_shape[1], k_shape[2]
-    checks.check_floating("q", dtypes[0])
-    for name, dtype, device in zip("kv", dtypes[1:], devices[1:], strict=True):
-        checks.check_same_dtype(name, dtype, dtypes[0], "q")
-        checks.check_same_device(name, device, devices[0], "q")
-    checks.check_shape("k", k_shape, (batch, num_heads_k, seqlen_k, head_dim))
-    checks.check_shape("v", v_shape, (batch, num_heads_k, seqlen_k, v_shape[3]))
-    if num_heads != 0 if num_heads_k == 0 else num_heads % num_heads_k:
-        raise ValueError(
-            "the heads of q must be a multiple of the heads of k, "
-            f"got {num_heads} heads of q and {num_heads_k} of k"
-        )
-    if head_dim == 0:
-        raise ValueError(f"q must have head_dim >= 1, got shape {tuple(q_shape)}")
-    if softmax_scale is None:
-        softmax_scale = 1.0 / math.sqrt(head_dim)
-    else:
-        checks.check_finite("softmax_scale", softmax_scale)
-    checks.check_bool("causal", causal)
-    left, right = _window_sides(window, causal, seqlen_q + seqlen_k)
-    return Problem(
-        batch,
-        num_heads,
-        num_heads_k,
-        seqlen_q,
-        seqlen_k,
-        head_dim,
-        v_shape[3],
-        dtypes[0],
-        devices[0],
-        softmax_scale,
-        left,
-        right,
-    )
+_resolve = resolver("attention", attention_problem.check)
 
 
-def _window_sides(window: Window, causal: bool, unlimited: int) -> tuple[int, int]:
-    if window is not None and not isinstance(window, tuple):
-        checks.check_int("window", window)
-        window = (window, 0 if causal else window)
-    if window is not None and len(window) != 2:
-        raise ValueError(f"window must be (left, right), got {window}")
-    left, right = window if window is not None else (None, None)
-    for side in (left, right):
-        if side is not None:
-            checks.check_int("window", side)
-            if side < 0:
-                raise ValueError(
-                    f"window must not be negative (None means unlimited), got {window}"
-                )
-    left = unlimited if left is None else min(left, unlimited)
-    right = unlimited if right is None else min(right, unlimited)
-    return left, 0 if causal else right
+def _bias_of_four_dimensions(bias: Tensor, seqlen_k: int) -> Tensor:
+    checks.check_tensor("bias", bias)
+    if not 1 <= bias.dim() <= 4:
+        raise ValueError(f"bias must have 1 to 4 dimensions, got shape {tuple(bias.shape)}")
+    bias = bias[(None,) * (4 - bias.dim())]
+    if bias.shape[3] == 1 != seqlen_k:
+        bias = bias.expand(*bias.shape[:3], seqlen_k)
+    return _last_contiguous(bias)
 
 
-_resolve = resolver("attention", _check)
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _reference(
+def _inputs(
     problem: Problem,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
     key_lengths: Tensor | None,
-    *,
-    return_lse: bool = True,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: int | Tensor | None,
+) -> Inputs:
+    """The tensors in the dtypes and layouts that kernels take; values are checked here."""
+    if sinks is not None:
+        sinks = sinks.to(problem.statistics_dtype).contiguous()
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.detach().to(problem.statistics_dtype).contiguous()
+    if key_lengths is not None:
+        checks.check_integer_vector("key_lengths", key_lengths, problem.batch, problem.device)
+        checks.check_range("key_lengths", key_lengths, 0, problem.seqlen_k)
+        key_lengths = key_lengths.to(torch.int64).contiguous()
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        attention_problem.check_cumulative("cu_seqlens_q", cu_seqlens_q, problem.seqlen_q)
+        attention_problem.check_cumulative("cu_seqlens_k", cu_seqlens_k, problem.seqlen_k)
+        cu_seqlens_q = cu_seqlens_q.to(torch.int64).contiguous()
+        cu_seqlens_k = cu_seqlens_k.to(torch.int64).contiguous()
+    return Inputs(
+        _last_contiguous(q),
+        _last_contiguous(k),
+        _last_contiguous(v),
+        bias,
+        sinks,
+        alibi_slopes,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        dropout_seed(seed, problem.device) if problem.dropout_p > 0 else None,
+    )
+
+
+def _reference(
+    problem: Problem, inputs: Inputs, *, return_lse: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     return reference.attention(
-        q,
-        k,
-        v,
-        key_lengths,
+        *inputs,
         softmax_scale=problem.softmax_scale,
         window_left=problem.window_left,
         window_right=problem.window_right,
+        normalizer=problem.normalizer,
+        softcap=problem.softcap,
+        dropout_p=problem.dropout_p,
         return_lse=return_lse,
     )
 
@@ -260,125 +273,132 @@ def _empty(like: Tensor, seqlen: int, head_dim: int) -> Tensor:
     return like.new_empty(batch, num_heads, seqlen, head_dim)
 
 
-def _allocate_forward(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None
-) -> tuple[Tensor, ...]:
-    """out, lse, and the maximum and sum of each row, which the kernels keep for their backward."""
+def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+    """out, lse, and the maximum and sum of each row, which the kernels keep for their backward;
+    the last three are empty unless the normalizer is softmax."""
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
+    rows = rows if problem.normalizer == "softmax" else (0,) * 3
     statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(3)]
     return _empty(q, problem.seqlen_q, problem.head_dim_v), *statistics
 
 
 def _allocate_backward(
     problem: Problem, dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv, dbias (empty unless wanted), dsinks (empty without sinks)."""
+    assert problem.bias_shape is not None or not problem.wants_dbias
+    dbias_shape = problem.bias_shape if problem.wants_dbias and problem.bias_shape else (0,)
     return (
         _empty(q, problem.seqlen_q, problem.head_dim),
         _empty(k, problem.seqlen_k, problem.head_dim),
         _empty(v, problem.seqlen_k, problem.head_dim_v),
+        q.new_empty(dbias_shape, dtype=problem.statistics_dtype),
+        q.new_empty(problem.num_heads if problem.has_sinks else 0, dtype=problem.statistics_dtype),
     )
 
 
-def _describe(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, left: int, right: int
-) -> Problem:
-    return Problem(
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
-        q.dtype,
-        q.device,
-        softmax_scale,
-        left,
-        right,
-    )
+_NUM_INPUTS = len(Inputs._fields)
+_INPUTS_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? sinks, Tensor? alibi_slopes, "
+    "Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seed"
+)
+_OPTIONS_SCHEMA = (
+    "float softmax_scale, SymInt window_left, SymInt window_right, str normalizer, float? softcap, "
+    "float dropout_p, bool wants_dbias, str backend"
+)
 
 
-def _options(problem: Problem) -> tuple:
-    return problem.softmax_scale, problem.window_left, problem.window_right
+def _describe_forward(*values: Any) -> Problem:
+    return attention_problem.describe(Inputs(*values[:_NUM_INPUTS]), *values[_NUM_INPUTS:])
+
+
+def _describe_backward(dout: Tensor, dlse: Tensor | None, *values: Any) -> Problem:
+    inputs, after_statistics = Inputs(*values[:_NUM_INPUTS]), _NUM_INPUTS + 3
+    return attention_problem.describe(inputs, *values[after_statistics:])
 
 
 _forward = Operator(
     "attention",
     "attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor? key_lengths, float softmax_scale, SymInt window_left, "
-    "SymInt window_right, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    4,
+    f"({_INPUTS_SCHEMA}, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _NUM_INPUTS,
     allocate=_allocate_forward,
-    describe=lambda q, k, v, key_lengths, *options: _describe(q, k, v, *options),
-    options=_options,
+    describe=_describe_forward,
+    options=attention_problem.options,
 )
 _backward = Operator(
     "attention",
     "attention_backward",
-    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? key_lengths, Tensor out, "
-    "Tensor row_max, Tensor row_sum, float softmax_scale, SymInt window_left, "
-    "SymInt window_right, str backend) -> (Tensor, Tensor, Tensor)",
-    9,
+    f"(Tensor dout, Tensor? dlse, {_INPUTS_SCHEMA}, Tensor out, Tensor row_max, Tensor row_sum, "
+    f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _NUM_INPUTS + 5,
     allocate=_allocate_backward,
-    describe=lambda dout, dlse, q, k, v, key_lengths, out, row_max, row_sum, *options: _describe(
-        q, k, v, *options
-    ),
-    options=_options,
+    describe=_describe_backward,
+    options=attention_problem.options,
 )
 
 
-def _gradients(
-    ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    q, k, v, key_lengths, out, row_max, row_sum = ctx.saved_tensors
+def _gradients(ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    """The gradients of q, k, v, bias and sinks."""
+    *saved, out, row_max, row_sum = ctx.saved_tensors
+    inputs: Inputs = Inputs(*saved)
+    problem: Problem = ctx.problem
     if torch.is_grad_enabled():
         return reference_gradients(
-            lambda q, k, v: _reference(ctx.problem, q, k, v, key_lengths), (q, k, v), (dout, dlse)
+            lambda q, k, v, bias, sinks: _reference(
+                problem, Inputs(q, k, v, bias, sinks, *inputs[5:])
+            ),
+            inputs[:5],
+            (dout, dlse),
         )
-    dout = torch.zeros_like(out) if dout is None else dout
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout = torch.zeros_like(out) if dout is None else _last_contiguous(dout)
     dlse = dlse if dlse is None else dlse.contiguous()
-    tensors = dout, dlse, q, k, v, key_lengths, out, row_max, row_sum
-    return run(ctx.implementation, ctx.problem, *tensors)
+    dq, dk, dv, dbias, dsinks = run(
+        ctx.implementation, problem, dout, dlse, *inputs, out, row_max, row_sum
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        dbias.to(problem.dtype) if problem.wants_dbias else None,
+        dsinks if problem.has_sinks else None,
+    )
 
 
 class AttentionFunction(Function):
     """The autograd node of eager mode; its backward is differentiable through the reference."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_lengths: Tensor | None,
-        problem: Problem,
-        implementation: Implementation,
-    ) -> tuple[Tensor, Tensor]:
-        out, lse, *statistics = _forward(implementation, problem, q, k, v, key_lengths)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, problem, implementation = arguments
+        out, lse, *statistics = _forward(implementation, problem, *inputs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, key_lengths, out, *statistics)
+        ctx.save_for_backward(*inputs, out, *statistics)
         ctx.problem, ctx.implementation = problem, implementation
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        return *_gradients(ctx, _backward, dout, dlse), None, None, None
+        return *_gradients(ctx, _backward, dout, dlse), *_NO_GRADIENTS, None, None
+
+
+_NO_GRADIENTS = (None,) * (_NUM_INPUTS - 5)  # of the inputs after q, k, v, bias and sinks
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-    q, k, v, key_lengths, *options, backend = inputs
+    *values, backend = inputs
     out, _, *statistics = output
     ctx.mark_non_differentiable(*statistics)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, key_lengths, out, *statistics)
-    ctx.problem = _describe(q, k, v, *options)
+    ctx.save_for_backward(*values[:_NUM_INPUTS], out, *statistics)
+    ctx.problem = _describe_forward(*values)
     ctx.implementation = table(backend)["attention"]
 
 
 def _backward_from_graph(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None) -> tuple:
+    num_options = len(attention_problem.options(ctx.problem)) + 1  # and the backend
     grads = _gradients(ctx, _backward.from_graph, dout, dlse)
-    return *grads, None, None, None, None, None
+    return *grads, *_NO_GRADIENTS, *(None,) * num_options
 
 
 _forward.register_autograd(_setup_context, _backward_from_graph)

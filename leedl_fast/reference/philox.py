@@ -150,3 +150,36 @@ def standard_normal(n: int, seeds: Tensor, streams: Tensor | None = None) -> Ten
     words = philox4x32(counter, key)
     numbers = (*_normal_pair(words[0], words[1]), *_normal_pair(words[2], words[3]))
     return torch.stack(numbers, dim=-1).flatten(1)[:, :n].contiguous()  # [batch, n]
+
+
+ATTENTION_STREAM = 1  # the counter's last word, which sets dropout in attention apart
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A random word below this drops its element."""
+    return int(dropout_p * 2**32)
+
+
+def attention_dropout_mask(
+    seed: Tensor,
+    first_sample: int,
+    batch: int,
+    num_heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+) -> Tensor:
+    """True where attention keeps its probability: (batch, num_heads, seqlen_q, seqlen_k).
+
+    Query i, key j of head h of sample b takes word j & 3 of the counter (j >> 2, i, b * num_heads +
+    h, ATTENTION_STREAM) under the key `seed`, whatever the sequences' lengths.
+    """
+    device = seed.device
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    block = torch.arange((seqlen_k + 3) // 4, device=device)
+    query = torch.arange(seqlen_q, device=device)[:, None]
+    head = torch.arange(first_sample * num_heads, (first_sample + batch) * num_heads, device=device)
+    stream = torch.full_like(head, ATTENTION_STREAM)[:, None, None]
+    words = philox4x32((block, query, head[:, None, None], stream), key)
+    word = torch.stack(words, dim=-1).flatten(-2)[..., :seqlen_k]
+    return (word >= dropout_threshold(dropout_p)).view(batch, num_heads, seqlen_q, seqlen_k)

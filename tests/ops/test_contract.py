@@ -121,12 +121,13 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
     )
     out, lse = torch.rand(2, 4, 5, 2), torch.rand(2, 4, 5)
     two, six = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
-    window = (0.5, 3, 2)
+    options = (0.5, 3, 2, "softmax", None, 0.0, False)
+    lengths = torch.tensor([7, 2])
     arguments = {
-        "attention_forward": (q, k, v, None, *window),
+        "attention_forward": (q, k, v, *(None,) * 7, *options),
         "attention_backward": (
-            *(out, lse, q, k, v, torch.tensor([7, 2]), out, lse, lse + 1),
-            *window,
+            *(out, lse, q, k, v, None, None, None, lengths, None, None, None, out, lse, lse + 1),
+            *options,
         ),
         "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
         "add_layer_norm_backward": (
