@@ -7,12 +7,14 @@ if TYPE_CHECKING:
     from leedl_fast.backends import use_backend
     from leedl_fast.ops import diffusion
     from leedl_fast.ops.add_layer_norm import add_layer_norm
+    from leedl_fast.ops.additive_attention import additive_attention
     from leedl_fast.ops.attention import attention
     from leedl_fast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __version__ = "0.1.0"
 __all__ = [
     "add_layer_norm",
+    "additive_attention",
     "attention",
     "diffusion",
     "scaled_dot_product_attention",

@@ -41,7 +41,9 @@ def table(backend: str) -> Mapping[str, Implementation]:
     return {"cpu": cpu.TABLE, "triton": triton.TABLE, "eager": _EAGER_TABLE}[backend]
 
 
-_EAGER_TABLE = dict.fromkeys(("attention", "add_layer_norm", "diffusion"), EAGER)
+_EAGER_TABLE = dict.fromkeys(
+    ("attention", "additive_attention", "add_layer_norm", "diffusion"), EAGER
+)
 
 
 def check_name(backend: str) -> None:

@@ -2,7 +2,14 @@
 
 from leedl_fast.ops import diffusion
 from leedl_fast.ops.add_layer_norm import add_layer_norm
+from leedl_fast.ops.additive_attention import additive_attention
 from leedl_fast.ops.attention import attention
 from leedl_fast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
-__all__ = ["add_layer_norm", "attention", "diffusion", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "additive_attention",
+    "attention",
+    "diffusion",
+    "scaled_dot_product_attention",
+]

@@ -10,7 +10,7 @@ from torch import Tensor
 from leedl_fast import reference
 from leedl_fast.backends import table
 from leedl_fast.ops import attention_problem, checks
-from leedl_fast.ops.attention_problem import Inputs, Problem, kind
+from leedl_fast.ops.attention_problem import Inputs, Problem
 from leedl_fast.ops.contract import (
     Function,
     Operator,
@@ -19,6 +19,7 @@ from leedl_fast.ops.contract import (
     resolver,
     traced,
 )
+from leedl_fast.ops.heads import empty_heads, kind, last_contiguous
 from leedl_fast.ops.seeds import dropout_seed
 from leedl_fast.ops.windows import Window
 
@@ -202,11 +203,7 @@ def _bias_of_four_dimensions(bias: Tensor, seqlen_k: int) -> Tensor:
     bias = bias[(None,) * (4 - bias.dim())]
     if bias.shape[3] == 1 != seqlen_k:
         bias = bias.expand(*bias.shape[:3], seqlen_k)
-    return _last_contiguous(bias)
-
-
-def _last_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return last_contiguous(bias)
 
 
 def _inputs(
@@ -237,9 +234,9 @@ def _inputs(
         cu_seqlens_q = cu_seqlens_q.to(torch.int64).contiguous()
         cu_seqlens_k = cu_seqlens_k.to(torch.int64).contiguous()
     return Inputs(
-        _last_contiguous(q),
-        _last_contiguous(k),
-        _last_contiguous(v),
+        last_contiguous(q),
+        last_contiguous(k),
+        last_contiguous(v),
         bias,
         sinks,
         alibi_slopes,
@@ -265,21 +262,13 @@ def _reference(
     )
 
 
-def _empty(like: Tensor, seqlen: int, head_dim: int) -> Tensor:
-    """An empty (batch, num_heads, seqlen, head_dim) tensor in the storage order of `like`."""
-    batch, num_heads = like.shape[:2]
-    if like.stride(1) < like.stride(2):
-        return like.new_empty(batch, seqlen, num_heads, head_dim).transpose(1, 2)
-    return like.new_empty(batch, num_heads, seqlen, head_dim)
-
-
 def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
     """out, lse, and the maximum and sum of each row, which the kernels keep for their backward;
     the last three are empty unless the normalizer is softmax."""
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
     rows = rows if problem.normalizer == "softmax" else (0,) * 3
     statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(3)]
-    return _empty(q, problem.seqlen_q, problem.head_dim_v), *statistics
+    return empty_heads(q, problem.seqlen_q, problem.head_dim_v), *statistics
 
 
 def _allocate_backward(
@@ -289,9 +278,9 @@ def _allocate_backward(
     assert problem.bias_shape is not None or not problem.wants_dbias
     dbias_shape = problem.bias_shape if problem.wants_dbias and problem.bias_shape else (0,)
     return (
-        _empty(q, problem.seqlen_q, problem.head_dim),
-        _empty(k, problem.seqlen_k, problem.head_dim),
-        _empty(v, problem.seqlen_k, problem.head_dim_v),
+        empty_heads(q, problem.seqlen_q, problem.head_dim),
+        empty_heads(k, problem.seqlen_k, problem.head_dim),
+        empty_heads(v, problem.seqlen_k, problem.head_dim_v),
         q.new_empty(dbias_shape, dtype=problem.statistics_dtype),
         q.new_empty(problem.num_heads if problem.has_sinks else 0, dtype=problem.statistics_dtype),
     )
@@ -351,7 +340,7 @@ def _gradients(ctx: Any, run: Any, dout: Tensor | None, dlse: Tensor | None) -> 
             inputs[:5],
             (dout, dlse),
         )
-    dout = torch.zeros_like(out) if dout is None else _last_contiguous(dout)
+    dout = torch.zeros_like(out) if dout is None else last_contiguous(dout)
     dlse = dlse if dlse is None else dlse.contiguous()
     dq, dk, dv, dbias, dsinks = run(
         ctx.implementation, problem, dout, dlse, *inputs, out, row_max, row_sum

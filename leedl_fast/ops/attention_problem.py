@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from leedl_fast.ops import checks
+from leedl_fast.ops.heads import Kind, check_qkv
 from leedl_fast.ops.seeds import check_dropout_p
 from leedl_fast.ops.windows import Window, window_sides
 
@@ -133,14 +134,6 @@ def options(problem: Problem) -> tuple:
     )
 
 
-Kind = tuple[torch.Size, torch.dtype, torch.device]
-
-
-def kind(tensor: Tensor | None) -> Kind | None:
-    """What the checks need to know of a tensor."""
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
-
-
 def check(
     q: Kind,
     k: Kind,
@@ -160,7 +153,7 @@ def check(
     return_lse: bool,
     wants_dbias: bool,
 ) -> Problem:
-    _check_shapes(q, k, v)
+    check_qkv(q, k, v)
     (batch, num_heads, seqlen_q, head_dim), dtype, device = q
     (_, num_heads_k, seqlen_k, head_dim_v) = v[0]
     if softmax_scale is None:
@@ -214,31 +207,6 @@ def check(
         alibi_slopes is not None,
         num_sequences,
     )
-
-
-def _check_shapes(q: Kind, k: Kind, v: Kind) -> None:
-    for name, (shape, _, _) in (("q", q), ("k", k), ("v", v)):
-        if len(shape) != 4:
-            raise ValueError(
-                f"{name} must have 4 dimensions (batch, num_heads, seqlen, head_dim), "
-                f"got shape {tuple(shape)}"
-            )
-    q_shape, dtype, device = q
-    batch, num_heads, _, head_dim = q_shape
-    num_heads_k, seqlen_k = k[0][1:3]
-    checks.check_floating("q", dtype)
-    for name, given in (("k", k), ("v", v)):
-        checks.check_same_dtype(name, given[1], dtype, "q")
-        checks.check_same_device(name, given[2], device, "q")
-    checks.check_shape("k", k[0], (batch, num_heads_k, seqlen_k, head_dim))
-    checks.check_shape("v", v[0], (batch, num_heads_k, seqlen_k, v[0][3]))
-    if num_heads != 0 if num_heads_k == 0 else num_heads % num_heads_k:
-        raise ValueError(
-            "the heads of q must be a multiple of the heads of k, "
-            f"got {num_heads} heads of q and {num_heads_k} of k"
-        )
-    if head_dim == 0:
-        raise ValueError(f"q must have head_dim >= 1, got shape {tuple(q_shape)}")
 
 
 def _check_packing(

@@ -4,6 +4,7 @@ backend.
 
 from leedl_fast.reference import diffusion
 from leedl_fast.reference.add_layer_norm import add_layer_norm
+from leedl_fast.reference.additive_attention import additive_attention
 from leedl_fast.reference.attention import attention
 
-__all__ = ["add_layer_norm", "attention", "diffusion"]
+__all__ = ["add_layer_norm", "additive_attention", "attention", "diffusion"]
