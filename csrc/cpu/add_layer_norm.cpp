@@ -1,17 +1,19 @@
 // Residual + LayerNorm (or RMSNorm): summed = x + residual, normed = (summed - mean) * rstd * weight + bias.
 //
-// A row's inputs are read from memory once: its later passes find them in the caches. Several rows are summed together,
-// because one row alone waits for the latencies of its own sums; a row's numbers do not depend on that grouping.
+// A row's inputs are read from memory once: its later passes find the row's sum in the caches, as it was stored. Several
+// rows are summed together, because one row alone waits for the latencies of its own sums; a row's numbers do not depend
+// on that grouping. X is the dtype of x and normed, R that of residual and summed; everything is computed in
+// A = Accumulate<X>, and so are the statistics, of the sum as it is stored: the backward reads no other.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "bindings.h"
+#include "dtypes.h"
 #include "huge_pages.h"
 #include "simd.h"
 
@@ -21,32 +23,41 @@ namespace {
 constexpr int64_t kSerialElements = 65536;  // smaller problems are done before a second thread has woken up
 constexpr int kRowsTogether = 4;
 
-// Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements.
-template <typename T>
+// Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements. Rows are of any dtype that
+// is computed in A.
+template <typename A>
 struct Whole {
   int64_t j;
-  Vec<T> load(const T* row) const { return Vec<T>::load(row + j); }
-  void store(Vec<T> v, T* row) const { v.store(row + j); }
-  Vec<T> keep(Vec<T> v) const { return v; }
+  template <typename T>
+  Vec<A> load(const T* row) const {
+    return Vec<A>::load(row + j);
+  }
+  template <typename T>
+  void store(Vec<A> v, T* row) const {
+    v.store(row + j);
+  }
+  Vec<A> keep(Vec<A> v) const { return v; }
 };
 
-template <typename T>
+template <typename A>
 struct Rest {
   int64_t j, count;
-  Vec<T> load(const T* row) const { return Vec<T>::load_first(row + j, count); }
-  void store(Vec<T> v, T* row) const { v.store_first(row + j, count); }
-  Vec<T> keep(Vec<T> v) const {  // zeros beyond the row's end
-    T lanes[Vec<T>::kSize];
-    v.store(lanes);
-    return Vec<T>::load_first(lanes, count);
+  template <typename T>
+  Vec<A> load(const T* row) const {
+    return Vec<A>::load_first(row + j, count);
   }
+  template <typename T>
+  void store(Vec<A> v, T* row) const {
+    v.store_first(row + j, count);
+  }
+  Vec<A> keep(Vec<A> v) const { return keep_lanes(0, count, v, Vec<A>::zero()); }  // zeros beyond the row's end
 };
 
-template <typename T, typename Body>
+template <typename A, typename Body>
 inline void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   int64_t j = begin;
-  for (; j + Vec<T>::kSize <= end; j += Vec<T>::kSize) body(Whole<T>{j});
-  if (j < end) body(Rest<T>{j, end - j});
+  for (; j + Vec<A>::kSize <= end; j += Vec<A>::kSize) body(Whole<A>{j});
+  if (j < end) body(Rest<A>{j, end - j});
 }
 
 // kSums sums over 0 .. n - 1 at once: add(at, sums) adds one vector to each. Vectors are summed in runs of a fixed
@@ -66,66 +77,61 @@ inline void row_sums(int64_t n, T* totals, const Add& add) {
   for (int i = 0; i < kSums; ++i) totals[i] = reduce_add(outer[i]);
 }
 
-template <typename T>
+template <typename X, typename R>
 struct Forward {
-  T* normed;
-  T* summed;
-  T* mean;
-  T* rstd;
-  const T* x;
-  const T* residual;
-  const T* weight;
-  const T* bias;
+  using A = Accumulate<X>;
+  using V = Vec<A>;
+
+  X* normed;
+  R* summed;
+  A* mean;
+  A* rstd;
+  const X* x;
+  const R* residual;
+  const A* weight;
+  const A* bias;
   int64_t n, x_row_stride, residual_row_stride;
-  T eps;
+  A eps;
   bool rms;
 
   template <int kRows>
   void run(int64_t first_row) const {
-    using V = Vec<T>;
-    const T* x_row[kRows];
-    const T* residual_row[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      x_row[i] = x + (first_row + i) * x_row_stride;
-      residual_row[i] = residual + (first_row + i) * residual_row_stride;
-    }
-    T means[kRows] = {}, rstds[kRows], offsets[kRows] = {};
-    if (!rms) {
-      row_sums<T, kRows>(n, means, [&](auto at, V* sums) {
-        for (int i = 0; i < kRows; ++i) sums[i] = sums[i] + (at.load(x_row[i]) + at.load(residual_row[i]));
-      });
-      for (int i = 0; i < kRows; ++i) means[i] /= static_cast<T>(n);
-    }
-    T totals[2 * kRows];  // of what is left after subtracting the rounded mean, and of its square
-    row_sums<T, 2 * kRows>(n, totals, [&](auto at, V* sums) {
+    A means[kRows] = {}, rstds[kRows], offsets[kRows] = {};
+    const X* const x_rows = x + first_row * x_row_stride;
+    const R* const residual_rows = residual + first_row * residual_row_stride;
+    R* const summed_rows = summed + first_row * n;
+    row_sums<A, kRows>(n, means, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
+                                  stride = n](auto at, V* sums) {
       for (int i = 0; i < kRows; ++i) {
-        const V centered = (at.load(x_row[i]) + at.load(residual_row[i])) - at.keep(V::broadcast(means[i]));
+        const V sum = at.load(x_rows + i * x_stride) + at.load(residual_rows + i * residual_stride);
+        at.store(sum, summed_rows + i * stride);
+        sums[i] = sums[i] + sum.template rounded_to<R>();
+      }
+    });
+    for (int i = 0; i < kRows; ++i) means[i] = rms ? 0 : means[i] / static_cast<A>(n);
+    A totals[2 * kRows];  // of what is left after subtracting the rounded mean, and of its square
+    row_sums<A, 2 * kRows>(n, totals, [=, stride = n](auto at, V* sums) {
+      for (int i = 0; i < kRows; ++i) {
+        const V centered = at.load(summed_rows + i * stride) - at.keep(V::broadcast(means[i]));
         sums[2 * i] = sums[2 * i] + centered;
         sums[2 * i + 1] = mul_add(centered, centered, sums[2 * i + 1]);
       }
     });
     for (int i = 0; i < kRows; ++i) {
-      const T left = rms ? 0 : totals[2 * i] / static_cast<T>(n);
-      rstds[i] = 1 / std::sqrt(totals[2 * i + 1] / static_cast<T>(n) - left * left + eps);
+      const A left = rms ? 0 : totals[2 * i] / static_cast<A>(n);
+      rstds[i] = 1 / std::sqrt(totals[2 * i + 1] / static_cast<A>(n) - left * left + eps);
       offsets[i] = -left * rstds[i];
       rstd[first_row + i] = rstds[i];
       if (!rms) mean[first_row + i] = means[i] + left;
     }
-    for (int i = 0; i < kRows; ++i) {
-      write_row(x_row[i], residual_row[i], means[i], rstds[i], offsets[i], (first_row + i) * n);
-    }
-  }
-
-  void write_row(const T* x_row, const T* residual_row, T row_mean, T row_rstd, T row_offset, int64_t offset) const {
-    using V = Vec<T>;
-    const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd), shift = V::broadcast(row_offset);
-    T* const summed_row = summed + offset;
-    T* const normed_row = normed + offset;
-    const auto write = [=](const auto& affine) {
-      for_each_vector<T>(0, n, [=](auto at) {
-        const V sum = at.load(x_row) + at.load(residual_row);
-        at.store(sum, summed_row);
-        at.store(affine(at, mul_add(sum - mean_lanes, scale, shift)), normed_row);
+    const auto write = [&](const auto& affine) {
+      X* const normed_rows = normed + first_row * n;
+      for_each_vector<A>(0, n, [=, &affine, stride = n](auto at) {
+        for (int i = 0; i < kRows; ++i) {
+          const V centered = at.load(summed_rows + i * stride) - V::broadcast(means[i]);
+          const V normalized = mul_add(centered, V::broadcast(rstds[i]), V::broadcast(offsets[i]));
+          at.store(affine(at, normalized), normed_rows + i * stride);
+        }
       });
     };
     if (weight != nullptr && bias != nullptr) {
@@ -140,31 +146,35 @@ struct Forward {
   }
 };
 
-template <typename T>
+template <typename X, typename R>
 struct Backward {
-  T* dx;
-  const T* dnormed;
-  const T* dsummed;
-  const T* summed;
-  const T* mean;
-  const T* rstd;
-  const T* weight;
+  using A = Accumulate<X>;
+  using V = Vec<A>;
+
+  R* dresidual;
+  const X* dnormed;
+  const R* dsummed;
+  const R* summed;
+  const A* mean;
+  const A* rstd;
+  const A* weight;
   int64_t n;
   bool rms;
 
   // Adds the rows' terms to dweight and dbias where they are not null.
   template <int kRows>
-  void run(int64_t first_row, T* dweight, T* dbias) const {
-    using V = Vec<T>;
-    T means[kRows], rstds[kRows];
+  void run(int64_t first_row, A* dweight, A* dbias) const {
+    A means[kRows], rstds[kRows];
     for (int i = 0; i < kRows; ++i) {
       means[i] = rms ? 0 : mean[first_row + i];
       rstds[i] = rstd[first_row + i];
     }
-    const T *const dy_rows = dnormed + first_row * n, *const summed_rows = summed + first_row * n, *const w = weight;
+    const X* const dy_rows = dnormed + first_row * n;
+    const R* const summed_rows = summed + first_row * n;
+    const A* const w = weight;
     const int64_t stride = n;
-    T totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
-    row_sums<T, 2 * kRows>(n, totals, [&](auto at, V* sums) {
+    A totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
+    row_sums<A, 2 * kRows>(n, totals, [&](auto at, V* sums) {
       V dw = dweight != nullptr ? at.load(dweight) : V::zero();
       V db = dbias != nullptr ? at.load(dbias) : V::zero();
       for (int i = 0; i < kRows; ++i) {
@@ -180,27 +190,28 @@ struct Backward {
       if (dbias != nullptr) at.store(db, dbias);
     });
     for (int i = 0; i < kRows; ++i) {
-      totals[2 * i] = rms ? 0 : totals[2 * i] / static_cast<T>(n);
-      totals[2 * i + 1] /= static_cast<T>(n);
+      totals[2 * i] = rms ? 0 : totals[2 * i] / static_cast<A>(n);
+      totals[2 * i + 1] /= static_cast<A>(n);
     }
     for (int i = 0; i < kRows; ++i) {
       write_row(means[i], rstds[i], totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
     }
   }
 
-  void write_row(T row_mean, T row_rstd, T dnormalized_mean, T product_mean, int64_t offset) const {
-    using V = Vec<T>;
+  void write_row(A row_mean, A row_rstd, A dnormalized_mean, A product_mean, int64_t offset) const {
     const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd);
     const V constant = V::broadcast(dnormalized_mean), slope = V::broadcast(product_mean);
-    const T *const dy_row = dnormed + offset, *const summed_row = summed + offset, *const w = weight;
-    const T* const dsummed_row = dsummed != nullptr ? dsummed + offset : nullptr;
-    T* const dx_row = dx + offset;
-    for_each_vector<T>(0, n, [=](auto at) {
+    const X* const dy_row = dnormed + offset;
+    const R* const summed_row = summed + offset;
+    const A* const w = weight;
+    const R* const dsummed_row = dsummed != nullptr ? dsummed + offset : nullptr;
+    R* const dresidual_row = dresidual + offset;
+    for_each_vector<A>(0, n, [=](auto at) {
       const V dy = at.load(dy_row);
       const V normalized = (at.load(summed_row) - mean_lanes) * scale;
       const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
       const V out = ((dnormalized - constant) - normalized * slope) * scale;
-      at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dx_row);
+      at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dresidual_row);
     });
   }
 };
@@ -219,82 +230,105 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
 // the partial sums are few against the data, at most 128, so that their rounding errors stay small.
 int64_t rows_per_block(int64_t rows) { return std::clamp((rows + 63) / 64, int64_t{16}, int64_t{128}); }
 
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <typename T>
-void add_layer_norm_forward(std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t mean, std::uintptr_t rstd,
-                            std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias,
-                            int64_t rows, int64_t n, int64_t x_row_stride, int64_t residual_row_stride, double eps,
-                            bool rms, int num_threads) {
-  const Forward<T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<T>(mean), pointer<T>(rstd),
-                              pointer<const T>(x), pointer<const T>(residual), pointer<const T>(weight),
-                              pointer<const T>(bias), n, x_row_stride, residual_row_stride, static_cast<T>(eps), rms};
-  advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
-  advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
-  const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
-  for (int64_t block = 0; block < blocks; ++block) {
-    for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-      forward.template run<decltype(together)::value>(row);
-    });
+// The n numbers of dtype T at `address` as numbers of A, converted once where these differ; null where there are none.
+template <typename A, typename T>
+class Parameter {
+ public:
+  Parameter(std::uintptr_t address, int64_t n) {
+    if constexpr (std::is_same_v<A, T>) {
+      data_ = pointer<const A>(address);
+    } else if (address != 0) {
+      converted_.resize(n);
+      for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
+        at.store(at.load(from), to);
+      });
+      data_ = converted_.data();
+    }
   }
+  const A* data() const { return data_; }
+
+ private:
+  std::vector<A> converted_;
+  const A* data_ = nullptr;
+};
+
+void add_layer_norm_forward(int dtype, std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t mean,
+                            std::uintptr_t rstd, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
+                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
+                            int64_t residual_row_stride, double eps, bool rms, int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const Parameter<A, T> weights(weight, n), biases(bias, n);
+    const Forward<T, T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<A>(mean), pointer<A>(rstd),
+                                   pointer<const T>(x), pointer<const T>(residual), weights.data(), biases.data(), n,
+                                   x_row_stride, residual_row_stride, static_cast<A>(eps), rms};
+    advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
+    advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
+    const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
+    for (int64_t block = 0; block < blocks; ++block) {
+      for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
+        forward.template run<decltype(together)::value>(row);
+      });
+    }
+  });
 }
 
 // The sum of `blocks` rows of partial sums, in their order, in double.
-template <typename T>
-void reduce_blocks(const T* partial, int64_t blocks, int64_t block_stride, int64_t n, T* out, int num_threads) {
+template <typename A, typename T>
+void reduce_blocks(const A* partial, int64_t blocks, int64_t block_stride, int64_t n, T* out, int num_threads) {
   constexpr int64_t kColumns = 256;
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (blocks * n >= kSerialElements)
   for (int64_t begin = 0; begin < n; begin += kColumns) {
     const int64_t count = std::min(kColumns, n - begin);
     double sums[kColumns] = {};
     for (int64_t block = 0; block < blocks; ++block) {
-      const T* row = partial + block * block_stride + begin;
+      const A* row = partial + block * block_stride + begin;
       for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(row[j]);
     }
-    for (int64_t j = 0; j < count; ++j) out[begin + j] = static_cast<T>(sums[j]);
+    A rounded[kColumns];
+    for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<A>(sums[j]);
+    for_each_vector<A>(0, count, [&](auto at) { at.store(at.load(rounded), out + begin); });
   }
 }
 
-template <typename T>
-void add_layer_norm_backward(std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
-                             std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t mean, std::uintptr_t rstd,
-                             std::uintptr_t weight, int64_t rows, int64_t n, bool rms, int num_threads) {
-  const Backward<T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
-                                pointer<const T>(summed), pointer<const T>(mean), pointer<const T>(rstd),
-                                pointer<const T>(weight), n, rms};
-  advise_huge_pages(backward.dx, rows * n * static_cast<int64_t>(sizeof(T)));
-  const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
-  const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
-  const int64_t block_stride = dweight_size + dbias_size;
-  std::vector<T> partial(blocks * block_stride, 0);
+void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias,
+                             std::uintptr_t dnormed, std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t mean,
+                             std::uintptr_t rstd, std::uintptr_t weight, int64_t rows, int64_t n, bool rms,
+                             int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const Parameter<A, T> weights(weight, n);
+    const Backward<T, T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
+                                     pointer<const T>(summed), pointer<const A>(mean), pointer<const A>(rstd),
+                                     weights.data(), n, rms};
+    advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(T)));
+    const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
+    const int64_t block_stride = dweight_size + dbias_size;
+    std::vector<A> partial(blocks * block_stride, 0);
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
-  for (int64_t block = 0; block < blocks; ++block) {
-    T* block_dweight = dweight != 0 ? partial.data() + block * block_stride : nullptr;
-    T* block_dbias = dbias != 0 ? partial.data() + block * block_stride + dweight_size : nullptr;
-    for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-      backward.template run<decltype(together)::value>(row, block_dweight, block_dbias);
-    });
-  }
-  if (dweight != 0) reduce_blocks(partial.data(), blocks, block_stride, n, pointer<T>(dweight), num_threads);
-  if (dbias != 0) reduce_blocks(partial.data() + dweight_size, blocks, block_stride, n, pointer<T>(dbias), num_threads);
-}
-
-template <typename T>
-void bind(pybind11::module_& m, const std::string& dtype) {
-  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def(("add_layer_norm_forward_" + dtype).c_str(), &add_layer_norm_forward<T>, Release());
-  m.def(("add_layer_norm_backward_" + dtype).c_str(), &add_layer_norm_backward<T>, Release());
+    for (int64_t block = 0; block < blocks; ++block) {
+      A* block_dweight = dweight != 0 ? partial.data() + block * block_stride : nullptr;
+      A* block_dbias = dbias != 0 ? partial.data() + block * block_stride + dweight_size : nullptr;
+      for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
+        backward.template run<decltype(together)::value>(row, block_dweight, block_dbias);
+      });
+    }
+    const A *const dweights = partial.data(), *const dbiases = dweights + dweight_size;
+    if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
+    if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+  });
 }
 
 }  // namespace
 
 void bind_add_layer_norm(pybind11::module_& m) {
-  bind<float>(m, "float32");
-  bind<double>(m, "float64");
+  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("add_layer_norm_forward", &add_layer_norm_forward, Release());
+  m.def("add_layer_norm_backward", &add_layer_norm_backward, Release());
 }
 
 }  // namespace leedl

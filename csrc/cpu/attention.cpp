@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "bindings.h"
+#include "dtypes.h"
 
 namespace leedl {
 namespace {
@@ -31,38 +32,41 @@ AttentionOptions make_options(std::uintptr_t key_lengths, const Sizes& s, double
           num_threads};
 }
 
-template <typename T>
-void forward(std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max, std::uintptr_t row_sum, std::uintptr_t q,
-             std::uintptr_t k, std::uintptr_t v, std::uintptr_t key_lengths, const Sizes& sizes,
+void forward(int dtype, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max, std::uintptr_t row_sum,
+             std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t key_lengths, const Sizes& sizes,
              const Strides<4>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
              int num_threads) {
-  attention_forward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
-                        head_tensor<T>(out, strides, 0), reinterpret_cast<T*>(lse), reinterpret_cast<T*>(row_max),
-                        reinterpret_cast<T*>(row_sum), head_tensor<const T>(q, strides, 1),
-                        head_tensor<const T>(k, strides, 2), head_tensor<const T>(v, strides, 3)});
+  dispatch_float(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    attention_forward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
+                          head_tensor<T>(out, strides, 0), pointer<T>(lse), pointer<T>(row_max), pointer<T>(row_sum),
+                          head_tensor<const T>(q, strides, 1), head_tensor<const T>(k, strides, 2),
+                          head_tensor<const T>(v, strides, 3)});
+  });
 }
 
-template <typename T>
-void backward(std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dout, std::uintptr_t dlse,
-              std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max,
-              std::uintptr_t row_sum, std::uintptr_t key_lengths, const Sizes& sizes, const Strides<8>& strides,
-              double softmax_scale, int64_t window_left, int64_t window_right, int num_threads) {
-  attention_backward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
-                         head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1), head_tensor<T>(dv, strides, 2),
-                         head_tensor<const T>(dout, strides, 3), head_tensor<const T>(q, strides, 4),
-                         head_tensor<const T>(k, strides, 5), head_tensor<const T>(v, strides, 6),
-                         head_tensor<const T>(out, strides, 7), reinterpret_cast<const T*>(row_max),
-                         reinterpret_cast<const T*>(row_sum), reinterpret_cast<const T*>(dlse)});
+void backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dout,
+              std::uintptr_t dlse, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out,
+              std::uintptr_t row_max, std::uintptr_t row_sum, std::uintptr_t key_lengths, const Sizes& sizes,
+              const Strides<8>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
+              int num_threads) {
+  dispatch_float(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    attention_backward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
+                           head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1),
+                           head_tensor<T>(dv, strides, 2), head_tensor<const T>(dout, strides, 3),
+                           head_tensor<const T>(q, strides, 4), head_tensor<const T>(k, strides, 5),
+                           head_tensor<const T>(v, strides, 6), head_tensor<const T>(out, strides, 7),
+                           pointer<const T>(row_max), pointer<const T>(row_sum), pointer<const T>(dlse)});
+  });
 }
 
 }  // namespace
 
 void bind_attention(pybind11::module_& m) {
   using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("attention_forward_float32", &forward<float>, ReleaseGil());
-  m.def("attention_forward_float64", &forward<double>, ReleaseGil());
-  m.def("attention_backward_float32", &backward<float>, ReleaseGil());
-  m.def("attention_backward_float64", &backward<double>, ReleaseGil());
+  m.def("attention_forward", &forward, ReleaseGil());
+  m.def("attention_backward", &backward, ReleaseGil());
 }
 
 }  // namespace leedl

@@ -2,18 +2,19 @@
 // the data; the noise is made a chunk at a time in the first-level cache and never stored.
 //
 // All tensors are contiguous (batch, n); every sample has its own seed, stream and coefficients, so that its numbers
-// depend on nothing else in the batch. A task is one block of one sample, however many threads there are.
+// depend on nothing else in the batch. A task is one block of one sample, however many threads there are. T is the dtype
+// of the tensors; everything is computed, and noise is made, in A = Accumulate<T>.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "bindings.h"
+#include "dtypes.h"
 #include "huge_pages.h"
 #include "normal_simd.h"
 #include "simd.h"
@@ -50,10 +51,37 @@ struct Noise {
   bool is_used(int64_t sample) const { return coefficients == nullptr || coefficients[sample * stride] != 0; }
 };
 
+// target[i] = value(load) for i < count, where load(p) is p[i] as a number of A; a vector at a time.
+template <typename A, typename T, typename Value>
+void fill_vectors(T* target, int64_t count, const Value& value) {
+  using V = Vec<A>;
+  int64_t i = 0;
+  for (; i + V::kSize <= count; i += V::kSize) {
+    value([i](const auto* p) { return V::load(p + i); }).store(target + i);
+  }
+  const int64_t rest = count - i;
+  if (rest > 0) value([=](const auto* p) { return V::load_first(p + i, rest); }).store_first(target + i, rest);
+}
+
+// `count` numbers as numbers of A: where these differ, converted into `buffer`.
+template <typename A, typename T>
+const A* widened(const T* from, int64_t count, A* buffer) {
+  if constexpr (std::is_same_v<A, T>) {
+    return from;
+  } else if constexpr (kIsTwoBytes<T>) {
+    fill_vectors<A>(buffer, count, [from](auto load) { return load(from); });
+    return buffer;
+  } else {
+    std::copy_n(from, count, buffer);
+    return buffer;
+  }
+}
+
 // Calls body(sample, block, offset, count, noise) for every chunk, the chunks of a block in their order. The chunk is
 // elements offset .. offset + count - 1 of the whole tensor.
 template <typename T, typename Body>
 void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& body) {
+  using A = Accumulate<T>;
   const int64_t blocks = samples.blocks(), tasks = samples.batch * blocks;
   const int64_t task_size = std::clamp(samples.n, NormalGenerator::kGroup, kBlock);
   const int64_t tasks_at_once = kBlock / task_size;
@@ -65,21 +93,16 @@ void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& b
     const NormalGenerator generator(is_made ? noise.seeds[sample] : 0,
                                     is_made && noise.streams != nullptr ? noise.streams[sample] : 0);
     alignas(64) float made[kChunk];
-    alignas(64) T converted[std::is_same_v<T, float> ? 1 : kChunk];
+    alignas(64) A buffer[std::is_same_v<T, float> ? 1 : kChunk];
     const int64_t end = std::min(samples.n, (block + 1) * kBlock);
     for (int64_t first = block * kBlock; first < end; first += kChunk) {
       const int64_t count = std::min(kChunk, end - first), offset = sample * samples.n + first;
-      const T* z = kZeros<T>;
+      const A* z = kZeros<A>;
       if (is_made) {
         generator.fill(first, count, made);
-        if constexpr (std::is_same_v<T, float>) {
-          z = made;
-        } else {
-          std::copy_n(made, count, converted);
-          z = converted;
-        }
+        z = widened<A>(made, count, buffer);
       } else if (noise.is_used(sample)) {
-        z = noise.given + offset;
+        z = widened<A>(noise.given + offset, count, buffer);
       }
       body(sample, block, offset, count, z);
     }
@@ -90,66 +113,60 @@ void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& b
 template <typename T, typename Kernel>
 void fill_chunks(T* out, const Samples& samples, const Noise<T>& noise, const Kernel& kernel) {
   advise_huge_pages(out, samples.batch * samples.n * static_cast<int64_t>(sizeof(T)));
-  for_each_chunk(samples, noise, [&](int64_t sample, int64_t, int64_t offset, int64_t count, const T* z) {
+  for_each_chunk(samples, noise, [&](int64_t sample, int64_t, int64_t offset, int64_t count, const auto* z) {
     kernel(sample, offset, count, z, out + offset);
   });
 }
 
-// target[i] = value(load) for i < count, where load(p) is p[i]; a vector at a time.
-template <typename T, typename Value>
-void fill_vectors(T* target, int64_t count, const Value& value) {
-  using V = Vec<T>;
-  int64_t i = 0;
-  for (; i + V::kSize <= count; i += V::kSize) value([i](const T* p) { return V::load(p + i); }).store(target + i);
-  const int64_t rest = count - i;
-  if (rest > 0) value([=](const T* p) { return V::load_first(p + i, rest); }).store_first(target + i, rest);
-}
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-template <typename T>
-void randn(std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
+void randn(int dtype, std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
            int num_threads) {
-  const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
-  fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
-                 [](int64_t, int64_t, int64_t count, const T* z, T* target) { std::copy_n(z, count, target); });
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
+    fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
+                   [](int64_t, int64_t, int64_t count, const auto* z, T* target) {
+                     fill_vectors<Accumulate<T>>(target, count, [z](auto load) { return load(z); });
+                   });
+  });
 }
 
 // noisy = c0 * sample + c1 * noise, with coefficients[b] = (c0, c1).
-template <typename T>
-void add_noise(std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients,
-               std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
-  const double* c = pointer<const double>(coefficients);
-  const T* x = pointer<const T>(sample);
-  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
-  fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
-                 [=](int64_t b, int64_t offset, int64_t count, const T* z, T* target) {
-                   const auto c0 = Vec<T>::broadcast(static_cast<T>(c[2 * b]));
-                   const auto c1 = Vec<T>::broadcast(static_cast<T>(c[2 * b + 1]));
-                   fill_vectors(target, count, [&](auto load) { return c0 * load(x + offset) + c1 * load(z); });
-                 });
+void add_noise(int dtype, std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise,
+               std::uintptr_t coefficients, std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const double* c = pointer<const double>(coefficients);
+    const T* x = pointer<const T>(sample);
+    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
+    fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
+                   [=](int64_t b, int64_t offset, int64_t count, const A* z, T* target) {
+                     const auto c0 = Vec<A>::broadcast(static_cast<A>(c[2 * b]));
+                     const auto c1 = Vec<A>::broadcast(static_cast<A>(c[2 * b + 1]));
+                     fill_vectors<A>(target, count, [&](auto load) { return c0 * load(x + offset) + c1 * load(z); });
+                   });
+  });
 }
 
 // What the model should have predicted, c0 * sample + c1 * noise; `sample` is not read where c0 is 0.
 template <typename T>
 struct Target {
+  using A = Accumulate<T>;
+
   const T* sample;
   const double* coefficients;
 
-  Vec<T> c0(int64_t b) const { return Vec<T>::broadcast(static_cast<T>(coefficients[2 * b])); }
-  Vec<T> c1(int64_t b) const { return Vec<T>::broadcast(static_cast<T>(coefficients[2 * b + 1])); }
+  Vec<A> c0(int64_t b) const { return Vec<A>::broadcast(static_cast<A>(coefficients[2 * b])); }
+  Vec<A> c1(int64_t b) const { return Vec<A>::broadcast(static_cast<A>(coefficients[2 * b + 1])); }
   const T* chunk(int64_t b, int64_t offset) const {
     return coefficients[2 * b] == 0 ? kZeros<T> : sample + offset;
   }
 };
 
 // The sum of (y - (c0 * x + c1 * z))^2 over one chunk.
-template <typename T>
-T squared_error(const T* y, const T* x, const T* z, Vec<T> c0, Vec<T> c1, int64_t count) {
-  using V = Vec<T>;
+template <typename A, typename T>
+A squared_error(const T* y, const T* x, const A* z, Vec<A> c0, Vec<A> c1, int64_t count) {
+  using V = Vec<A>;
   constexpr int64_t kSums = 4;
   V sums[kSums] = {V::zero(), V::zero(), V::zero(), V::zero()};
   const auto add = [&](V& sum, V output, V data, V noise) {
@@ -170,90 +187,106 @@ T squared_error(const T* y, const T* x, const T* z, Vec<T> c0, Vec<T> c1, int64_
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// sums[b] = the sum of (model_output - target)^2 over sample b: each chunk in T, the chunks in double and in order.
-template <typename T>
-void noise_prediction_loss_forward(std::uintptr_t sums, std::uintptr_t model_output, std::uintptr_t sample,
+// sums[b] = the sum of (model_output - target)^2 over sample b: each chunk in A, the chunks in double and in order.
+void noise_prediction_loss_forward(int dtype, std::uintptr_t sums, std::uintptr_t model_output, std::uintptr_t sample,
                                    std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t seeds,
                                    int64_t batch, int64_t n, int num_threads) {
-  const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
-  const T* y = pointer<const T>(model_output);
-  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, target.coefficients + 1, 2};
-  const Samples samples = {batch, n, num_threads};
-  const int64_t blocks = samples.blocks();
-  std::vector<double> partial(batch * blocks, 0.0);
-  for_each_chunk(samples, source, [&](int64_t b, int64_t block, int64_t offset, int64_t count, const T* z) {
-    partial[b * blocks + block] +=
-        squared_error(y + offset, target.chunk(b, offset), z, target.c0(b), target.c1(b), count);
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
+    const T* y = pointer<const T>(model_output);
+    const double* c1 = target.coefficients + 1;
+    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c1, 2};
+    const Samples samples = {batch, n, num_threads};
+    const int64_t blocks = samples.blocks();
+    std::vector<double> partial(batch * blocks, 0.0);
+    for_each_chunk(samples, source, [&](int64_t b, int64_t block, int64_t offset, int64_t count, const A* z) {
+      partial[b * blocks + block] +=
+          squared_error(y + offset, target.chunk(b, offset), z, target.c0(b), target.c1(b), count);
+    });
+    for (int64_t b = 0; b < batch; ++b) {
+      double sum = 0;
+      for (int64_t block = 0; block < blocks; ++block) sum += partial[b * blocks + block];
+      pointer<double>(sums)[b] = sum;
+    }
   });
-  for (int64_t b = 0; b < batch; ++b) {
-    double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += partial[b * blocks + block];
-    pointer<double>(sums)[b] = sum;
-  }
 }
 
 // dmodel_output = 2 * dsums[b] * (model_output - target)
-template <typename T>
-void noise_prediction_loss_backward(std::uintptr_t dmodel_output, std::uintptr_t model_output, std::uintptr_t sample,
-                                    std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t dsums,
-                                    std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
-  const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
-  const T* y = pointer<const T>(model_output);
-  const double* scales = pointer<const double>(dsums);
-  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, target.coefficients + 1, 2};
-  fill_chunks<T>(pointer<T>(dmodel_output), {batch, n, num_threads}, source,
-                 [=](int64_t b, int64_t offset, int64_t count, const T* z, T* dy) {
-                   const auto scale = Vec<T>::broadcast(static_cast<T>(2 * scales[b]));
-                   const auto c0 = target.c0(b), c1 = target.c1(b);
-                   const T* x = target.chunk(b, offset);
-                   fill_vectors(dy, count, [&](auto load) {
-                     return scale * (load(y + offset) - (c0 * load(x) + c1 * load(z)));
+void noise_prediction_loss_backward(int dtype, std::uintptr_t dmodel_output, std::uintptr_t model_output,
+                                    std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients,
+                                    std::uintptr_t dsums, std::uintptr_t seeds, int64_t batch, int64_t n,
+                                    int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
+    const T* y = pointer<const T>(model_output);
+    const double *scales = pointer<const double>(dsums), *c1 = target.coefficients + 1;
+    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c1, 2};
+    fill_chunks<T>(pointer<T>(dmodel_output), {batch, n, num_threads}, source,
+                   [=](int64_t b, int64_t offset, int64_t count, const A* z, T* dy) {
+                     const auto scale = Vec<A>::broadcast(static_cast<A>(2 * scales[b]));
+                     const auto c0 = target.c0(b), c1 = target.c1(b);
+                     const T* x = target.chunk(b, offset);
+                     fill_vectors<A>(dy, count, [&](auto load) {
+                       return scale * (load(y + offset) - (c0 * load(x) + c1 * load(z)));
+                     });
                    });
-                 });
+  });
 }
 
 // One step from `sample` to `prev_sample`, with coefficients[b] = (p, q, u, w, e, s):
 //   m = unconditional + guidance_scale * (model_output - unconditional), or model_output alone
 //   prev_sample = u * x0 + w * sample + e * m + s * noise, with x0 = p * sample + q * m clipped to +-clip_range
-template <typename T>
-void step(std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_t unconditional_output,
+// M is the dtype of m.
+template <typename A, typename T, typename M>
+void step_chunk(T* prev, const M* m, const T* x, const A* z, const double* c, double clip_range, int64_t count) {
+  using V = Vec<A>;
+  const auto coefficient = [](double value) { return V::broadcast(static_cast<A>(value)); };
+  const V s = coefficient(c[5]);
+  if (clip_range > 0) {
+    const V high = coefficient(clip_range), low = -high;
+    const V p = coefficient(c[0]), q = coefficient(c[1]), u = coefficient(c[2]);
+    const V w = coefficient(c[3]), e = coefficient(c[4]);
+    fill_vectors<A>(prev, count, [&](auto load) {
+      const V x0 = min(high, max(low, p * load(x) + q * load(m)));  // in this order NaN stays NaN
+      return (u * x0 + w * load(x)) + (e * load(m) + s * load(z));
+    });
+  } else {
+    const V w = coefficient(c[3] + c[2] * c[0]), e = coefficient(c[4] + c[2] * c[1]);
+    fill_vectors<A>(prev, count, [&](auto load) { return (w * load(x) + e * load(m)) + s * load(z); });
+  }
+}
+
+void step(int dtype, std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_t unconditional_output,
           std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients, double guidance_scale,
           double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
           int num_threads) {
-  using V = Vec<T>;
-  const double* all_coefficients = pointer<const double>(coefficients);
-  const T* conditional = pointer<const T>(model_output);
-  const T* unconditional = pointer<const T>(unconditional_output);
-  const T* current = pointer<const T>(sample);
-  const V guidance = V::broadcast(static_cast<T>(guidance_scale));
-  const V high = V::broadcast(static_cast<T>(clip_range)), low = -high;
-  const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), pointer<const int64_t>(streams),
-                           all_coefficients + 5, 6};
-  const auto kernel = [=](int64_t b, int64_t offset, int64_t count, const T* z, T* prev) {
-    const double* c = all_coefficients + 6 * b;
-    const T* x = current + offset;
-    const T* m = conditional + offset;
-    alignas(64) T guided[kChunk];
-    if (unconditional != nullptr) {
-      const T* base = unconditional + offset;
-      fill_vectors(guided, count, [&](auto load) { return load(base) + guidance * (load(m) - load(base)); });
-      m = guided;
-    }
-    const auto coefficient = [](double value) { return V::broadcast(static_cast<T>(value)); };
-    const V s = coefficient(c[5]);
-    if (clip_range > 0) {
-      const V p = coefficient(c[0]), q = coefficient(c[1]), u = coefficient(c[2]);
-      const V w = coefficient(c[3]), e = coefficient(c[4]);
-      fill_vectors(prev, count, [&](auto load) {
-        const V x0 = min(high, max(low, p * load(x) + q * load(m)));  // in this order NaN stays NaN
-        return (u * x0 + w * load(x)) + (e * load(m) + s * load(z));
-      });
-    } else {
-      const V w = coefficient(c[3] + c[2] * c[0]), e = coefficient(c[4] + c[2] * c[1]);
-      fill_vectors(prev, count, [&](auto load) { return (w * load(x) + e * load(m)) + s * load(z); });
-    }
-  };
-  fill_chunks<T>(pointer<T>(prev_sample), {batch, n, num_threads}, source, kernel);
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const double* all_coefficients = pointer<const double>(coefficients);
+    const T *conditional = pointer<const T>(model_output), *unconditional = pointer<const T>(unconditional_output);
+    const T* current = pointer<const T>(sample);
+    const auto guidance = Vec<A>::broadcast(static_cast<A>(guidance_scale));
+    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), pointer<const int64_t>(streams),
+                             all_coefficients + 5, 6};
+    const auto kernel = [=](int64_t b, int64_t offset, int64_t count, const A* z, T* prev) {
+      const double* c = all_coefficients + 6 * b;
+      const T *m = conditional + offset, *x = current + offset;
+      if (unconditional == nullptr) {
+        step_chunk(prev, m, x, z, c, clip_range, count);
+      } else {
+        const T* base = unconditional + offset;
+        alignas(64) A guided[kChunk];
+        fill_vectors<A>(guided, count, [&](auto load) { return load(base) + guidance * (load(m) - load(base)); });
+        step_chunk(prev, guided, x, z, c, clip_range, count);
+      }
+    };
+    fill_chunks<T>(pointer<T>(prev_sample), {batch, n, num_threads}, source, kernel);
+  });
 }
 
 // Philox and Box-Muller on given words, as normal.h and philox.h have them for the device: for tests.
@@ -267,22 +300,15 @@ pybind11::tuple normal_pair_of_words(uint32_t a, uint32_t b) {
   return pybind11::make_tuple(pair.z0, pair.z1);
 }
 
-template <typename T>
-void bind(pybind11::module_& m, const char* dtype) {
-  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  const auto name = [dtype](const char* op) { return std::string(op) + "_" + dtype; };
-  m.def(name("randn").c_str(), &randn<T>, Release());
-  m.def(name("add_noise").c_str(), &add_noise<T>, Release());
-  m.def(name("noise_prediction_loss_forward").c_str(), &noise_prediction_loss_forward<T>, Release());
-  m.def(name("noise_prediction_loss_backward").c_str(), &noise_prediction_loss_backward<T>, Release());
-  m.def(name("step").c_str(), &step<T>, Release());
-}
-
 }  // namespace
 
 void bind_diffusion(pybind11::module_& m) {
-  bind<float>(m, "float32");
-  bind<double>(m, "float64");
+  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("randn", &randn, Release());
+  m.def("add_noise", &add_noise, Release());
+  m.def("noise_prediction_loss_forward", &noise_prediction_loss_forward, Release());
+  m.def("noise_prediction_loss_backward", &noise_prediction_loss_backward, Release());
+  m.def("step", &step, Release());
   m.def("philox4x32_10", &philox4x32_10_words);
   m.def("normal_pair", &normal_pair_of_words);
 }

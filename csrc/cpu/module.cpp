@@ -14,7 +14,7 @@ bool processor_can_run() {
          __builtin_cpu_supports("fma");
 #elif defined(__AVX2__)
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
 #else
   return true;
 #endif

@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "dtypes.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -33,6 +35,69 @@ constexpr int64_t kVectorRegisters = 32;
 constexpr int64_t kVectorRegisters = 16;
 #endif
 #endif
+
+// The bits of numbers, one to a 32-bit lane, and of as many two-byte numbers.
+typedef int32_t WordLanes __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
+
+namespace detail {
+
+typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
+
+inline FloatLanes widen(HalfLanes bits, BFloat16) {
+  return reinterpret_cast<FloatLanes>(__builtin_convertvector(bits, WordLanes) << 16);
+}
+
+// Rounds to nearest even, subnormal numbers too (which the processors' own instruction takes for 0).
+inline HalfLanes narrow(FloatLanes x, BFloat16) {
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  const Words bits = reinterpret_cast<Words>(x), high = bits >> 16;
+  const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  return __builtin_convertvector(x == x ? rounded : high | 0x40, HalfLanes);  // a NaN stays one
+}
+
+#if defined(__AVX512F__)
+inline FloatLanes widen(HalfLanes bits, Float16) { return _mm512_cvtph_ps(reinterpret_cast<__m256i>(bits)); }
+inline HalfLanes narrow(FloatLanes x, Float16) {
+  return reinterpret_cast<HalfLanes>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__F16C__)
+inline FloatLanes widen(HalfLanes bits, Float16) { return _mm256_cvtph_ps(reinterpret_cast<__m128i>(bits)); }
+inline HalfLanes narrow(FloatLanes x, Float16) {
+  return reinterpret_cast<HalfLanes>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+// float16 has 5 bits of exponent with a bias of 15 and 10 of mantissa, float 8 with a bias of 127 and 23: the mantissas
+// stand 13 bits apart.
+inline FloatLanes widen(HalfLanes half, Float16) {
+  const WordLanes bits = __builtin_convertvector(half, WordLanes);
+  const WordLanes magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+  const WordLanes normal = magnitude + ((127 - 15) << 23), special = magnitude + ((255 - 31) << 23);
+  // A subnormal number is its mantissa times 2^-24: an offset of 2^-14 makes a normal number out of it, exactly.
+  const WordLanes offset = WordLanes{} + ((127 - 14) << 23);
+  const FloatLanes subnormal = reinterpret_cast<FloatLanes>(magnitude + offset) - reinterpret_cast<FloatLanes>(offset);
+  const WordLanes finite = magnitude < (1 << 23) ? reinterpret_cast<WordLanes>(subnormal) : normal;
+  return reinterpret_cast<FloatLanes>((magnitude < (31 << 23) ? finite : special) | sign);
+}
+
+inline HalfLanes narrow(FloatLanes x, Float16) {
+  const WordLanes bits = reinterpret_cast<WordLanes>(x), magnitude = bits & 0x7fffffff;
+  // Rounded to nearest even where 13 bits fall off; what carries beyond the largest number is infinity's bits.
+  const WordLanes normal = (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 2^-1 leaves multiples of 2^-24, what subnormal numbers are made of, rounded by the addition itself.
+  const WordLanes offset = WordLanes{} + ((127 - 1) << 23);
+  const WordLanes subnormal =
+      reinterpret_cast<WordLanes>(reinterpret_cast<FloatLanes>(magnitude) + reinterpret_cast<FloatLanes>(offset)) -
+      offset;
+  const WordLanes finite = magnitude < ((127 - 14) << 23) ? subnormal : normal;
+  const WordLanes infinity = WordLanes{} + 0x7c00, nan = WordLanes{} + 0x7e00;
+  const WordLanes special = magnitude > (255 << 23) ? nan : infinity;
+  const WordLanes half = magnitude < ((127 + 16) << 23) ? finite : special;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000), HalfLanes);
+}
+#endif
+
+}  // namespace detail
 
 template <typename T>
 struct Vec {
@@ -79,6 +144,48 @@ struct Vec {
 #else
     std::memcpy(p, &lanes, n * sizeof(T));
 #endif
+  }
+
+  // Two-byte numbers, of Vec<float> alone: exact as they are loaded, rounded to nearest even as they are stored.
+  template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
+  static Vec load(const Half* p) {
+    HalfLanes bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return {detail::widen(bits, Half())};
+  }
+  template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
+  void store(Half* p) const {
+    const HalfLanes bits = detail::narrow(lanes, Half());
+    std::memcpy(p, &bits, sizeof bits);
+  }
+  template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
+  static Vec load_first(const Half* p, int64_t n) {
+    HalfLanes bits{};
+#if defined(__AVX512F__)
+    bits = reinterpret_cast<HalfLanes>(_mm256_maskz_loadu_epi16(first_lanes(n), p));
+#else
+    std::memcpy(&bits, p, n * sizeof(Half));
+#endif
+    return {detail::widen(bits, Half())};
+  }
+  template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
+  void store_first(Half* p, int64_t n) const {
+    const HalfLanes bits = detail::narrow(lanes, Half());
+#if defined(__AVX512F__)
+    _mm256_mask_storeu_epi16(p, first_lanes(n), reinterpret_cast<__m256i>(bits));
+#else
+    std::memcpy(p, &bits, n * sizeof(Half));
+#endif
+  }
+
+  // The lanes as numbers of type Stored hold them.
+  template <typename Stored>
+  Vec rounded_to() const {
+    if constexpr (kIsTwoBytes<Stored>) {
+      return {detail::widen(detail::narrow(lanes, Stored()), Stored())};
+    } else {
+      return *this;
+    }
   }
 
   friend Vec operator+(Vec a, Vec b) { return {a.lanes + b.lanes}; }

@@ -20,6 +20,9 @@ from leedl_fast.backends import Implementation
 ISAS = ("avx512", "avx2", "baseline")  # the best first
 MAX_HEAD_DIM = 256
 
+# As csrc/cpu/dtypes.h has them: the kernels' first argument.
+DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 
 @cache
 def modules() -> dict[str, ModuleType]:
@@ -84,14 +87,13 @@ def _check_isa(name: str, isa: str) -> None:
         raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
 
 
-def _kernel(name: str, dtype: torch.dtype) -> Callable[..., None]:
-    return _entry_point(_forced_isa, name, dtype)
+def _kernel(name: str) -> Callable[..., None]:
+    return _entry_point(_forced_isa, name)
 
 
 @cache
-def _entry_point(forced: str | None, name: str, dtype: torch.dtype) -> Callable[..., None]:
-    module = modules()[forced or _default_isa() or ""]
-    return getattr(module, f"{name}_{str(dtype).removeprefix('torch.')}")
+def _entry_point(forced: str | None, name: str) -> Callable[..., None]:
+    return getattr(modules()[forced or _default_isa() or ""], name)
 
 
 def _unsupported(problem: Any) -> str | None:
@@ -99,8 +101,6 @@ def _unsupported(problem: Any) -> str | None:
         return f"the tensors are on {problem.device}"
     if isa() is None:
         return "; ".join(f"{name}: {reason}" for name, reason in reasons().items())
-    if problem.dtype not in (torch.float32, torch.float64):
-        return f"takes float32 and float64, got {problem.dtype}"
     return None
 
 
@@ -110,6 +110,8 @@ def _attention_unsupported(problem: Any) -> str | None:
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
     if problem.extras:
         return f"does not take {', '.join(problem.extras)}"
+    if problem.dtype not in (torch.float32, torch.float64):
+        return f"takes float32 and float64, got {problem.dtype}"
     return _unsupported(problem)
 
 
@@ -139,7 +141,8 @@ def _attention_forward(
     cu_seqlens_k: Tensor | None,
     seed: Tensor | None,
 ) -> None:
-    _kernel("attention_forward", problem.dtype)(
+    _kernel("attention_forward")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (out, lse, row_max, row_sum, q, k, v, key_lengths)),
         problem[:7],
         _strides(out, q, k, v),
@@ -173,7 +176,8 @@ def _attention_backward(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> None:
-    _kernel("attention_backward", problem.dtype)(
+    _kernel("attention_backward")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dq, dk, dv, dout, dlse, q, k, v)),
         *map(_pointer, (out, row_max, row_sum, key_lengths)),
         problem[:7],
@@ -201,7 +205,8 @@ def _add_layer_norm_forward(
     residual, residual_row_stride = _rows(residual, rows, n)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    _kernel("add_layer_norm_forward", problem.dtype)(
+    _kernel("add_layer_norm_forward")(
+        DTYPE_NUMBERS[problem.dtype],
         normed.data_ptr(),
         summed.data_ptr(),
         mean.data_ptr(),
@@ -245,7 +250,8 @@ def _add_layer_norm_backward(
     weight = weight if weight is None else weight.contiguous()
     dweight_or_none = dweight if weight is not None else None
     dbias_or_none = dbias if bias is not None else None
-    _kernel("add_layer_norm_backward", problem.dtype)(
+    _kernel("add_layer_norm_backward")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
         *map(_pointer, (mean, rstd, weight)),
         problem.rows,
@@ -256,9 +262,15 @@ def _add_layer_norm_backward(
 
 
 def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
-    threads = torch.get_num_threads()
-    run = _kernel("randn", problem.dtype)
-    run(out.data_ptr(), seeds.data_ptr(), 0, problem.batch, problem.n, threads)
+    _kernel("randn")(
+        DTYPE_NUMBERS[problem.dtype],
+        out.data_ptr(),
+        seeds.data_ptr(),
+        0,
+        problem.batch,
+        problem.n,
+        torch.get_num_threads(),
+    )
 
 
 def _add_noise(
@@ -269,7 +281,8 @@ def _add_noise(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("add_noise", problem.dtype)(
+    _kernel("add_noise")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (noisy, sample, noise, coefficients, seeds)),
         problem.batch,
         problem.n,
@@ -286,7 +299,8 @@ def _loss_forward(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("noise_prediction_loss_forward", problem.dtype)(
+    _kernel("noise_prediction_loss_forward")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (sums, model_output, sample, noise, coefficients, seeds)),
         problem.batch,
         problem.n,
@@ -304,7 +318,8 @@ def _loss_backward(
     dsums: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("noise_prediction_loss_backward", problem.dtype)(
+    _kernel("noise_prediction_loss_backward")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dmodel_output, model_output, sample, noise, coefficients, dsums, seeds)),
         problem.batch,
         problem.n,
@@ -323,7 +338,8 @@ def _step(
     seeds: Tensor | None,
     streams: Tensor | None,
 ) -> None:
-    _kernel("step", problem.dtype)(
+    _kernel("step")(
+        DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (prev_sample, model_output, unconditional_output, sample, noise)),
         coefficients.data_ptr(),
         problem.guidance_scale,

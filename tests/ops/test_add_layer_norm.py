@@ -42,6 +42,24 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
 
 
 @ISA
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_two_byte_numbers_are_read_exactly_and_rounded_to_nearest_even(
+    isa: str, dtype: torch.dtype
+) -> None:
+    """Every number that there is (infinities and NaNs too), and ties among their sums."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(2, 128, 256)
+    with cpu.use_isa(isa):
+        for shift in (0, 1, 2, 77, 128, 129, 255):
+            other = every.roll(shift, dims=1).flip(2)
+            summed = add_layer_norm(every, other, backend="cpu")[1]
+            expected = every + other
+            is_nan = expected.isnan()
+            assert torch.equal(summed.isnan(), is_nan)
+            bits, expected_bits = summed.view(torch.int16), expected.view(torch.int16)
+            assert torch.equal(bits[~is_nan], expected_bits[~is_nan])
+
+
+@ISA
 def test_a_large_mean_does_not_drown_the_variance(isa: str) -> None:
     """One pass with sums of squares in float32 would see no variance here."""
     x = torch.randn(4, 512) + 3000

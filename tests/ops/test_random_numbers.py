@@ -41,9 +41,9 @@ def randn(
     guard = 64
     buffer = torch.full((len(seeds) * n + 2 * guard,), float("nan"), dtype=dtype)
     out = buffer[guard : guard + len(seeds) * n]
-    run = getattr(cpu.modules()[isa], f"randn_{str(dtype).removeprefix('torch.')}")
-    streams_pointer = 0 if streams is None else streams.data_ptr()
-    run(out.data_ptr(), seeds.data_ptr(), streams_pointer, len(seeds), n, num_threads)
+    pointers = out.data_ptr(), seeds.data_ptr(), 0 if streams is None else streams.data_ptr()
+    run = cpu.modules()[isa].randn
+    run(cpu.DTYPE_NUMBERS[dtype], *pointers, len(seeds), n, num_threads)
     assert buffer[:guard].isnan().all()
     assert buffer[guard + len(seeds) * n :].isnan().all()
     return out.view(len(seeds), n)
