@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from leedl_fast.ops.add_layer_norm import add_layer_norm
     from leedl_fast.ops.additive_attention import additive_attention
     from leedl_fast.ops.attention import attention
+    from leedl_fast.ops.linear_cross_entropy import linear_cross_entropy
     from leedl_fast.ops.scaled_dot_product_attention import scaled_dot_product_attention
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "additive_attention",
     "attention",
     "diffusion",
+    "linear_cross_entropy",
     "scaled_dot_product_attention",
     "use_backend",
 ]

@@ -42,7 +42,8 @@ def table(backend: str) -> Mapping[str, Implementation]:
 
 
 _EAGER_TABLE = dict.fromkeys(
-    ("attention", "additive_attention", "add_layer_norm", "diffusion"), EAGER
+    ("attention", "additive_attention", "add_layer_norm", "diffusion", "linear_cross_entropy"),
+    EAGER,
 )
 
 
