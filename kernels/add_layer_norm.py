@@ -29,16 +29,28 @@ def _load(ptr, offset, mask):
 def _load_summed(
     x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE: tl.constexpr
 ):
-    """x + residual [BLOCK_M, BLOCK_N] as it is stored: the statistics are those of the row that the
-    backward reads."""
+    """x + residual [BLOCK_M, BLOCK_N] as it is stored, since the backward reads no other sum; x
+    alone where residual is None."""
     x = _load(x_ptr, row[:, None] * x_stride + column[None, :], mask)
-    residual = _load(residual_ptr, row[:, None] * residual_stride + column[None, :], mask)
-    return (x + residual).to(DTYPE).to(tl.float32)
+    if residual_ptr is not None:
+        x += _load(residual_ptr, row[:, None] * residual_stride + column[None, :], mask)
+    return x.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
 def _reciprocal_root(x):
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), tl.sqrt_rn(x))
+
+
+@triton.jit
+def _center(summed, mask, n, eps, IS_RMS: tl.constexpr):
+    """(centered, rstd) of whole rows: summed - mean [BLOCK_M, BLOCK_N], zeros outside, and
+    [BLOCK_M]."""
+    centered = summed
+    if not IS_RMS:
+        mean = tl.sum(summed, 1) / n
+        centered = tl.where(mask, summed - mean[:, None], 0.0)
+    return centered, _reciprocal_root(tl.sum(centered * centered, 1) / n + eps)
 
 
 @triton.jit
@@ -55,8 +67,6 @@ def _scale_and_shift(x_hat, weight_ptr, bias_ptr, column, n):
 def _forward_kernel(
     normed_ptr,
     summed_ptr,
-    mean_ptr,
-    rstd_ptr,
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -78,24 +88,51 @@ def _forward_kernel(
     summed = _load_summed(x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE)
     offset = row[:, None] * n + column[None, :]
     tl.store(summed_ptr + offset, summed.to(DTYPE), mask)
-    if IS_RMS:
-        centered = summed
-    else:
-        mean = tl.sum(summed, 1) / n
-        tl.store(mean_ptr + row, mean, row < rows)
-        centered = tl.where(mask, summed - mean[:, None], 0.0)
-    rstd = _reciprocal_root(tl.sum(centered * centered, 1) / n + eps)
-    tl.store(rstd_ptr + row, rstd, row < rows)
+    centered, rstd = _center(summed, mask, n, eps, IS_RMS)
     normed = _scale_and_shift(centered * rstd[:, None], weight_ptr, bias_ptr, column, n)
     tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _wide_statistics(
+    x_ptr,
+    residual_ptr,
+    row,
+    x_stride,
+    residual_stride,
+    n,
+    eps,
+    DTYPE: tl.constexpr,
+    IS_RMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(mean, rstd) [1] of one row of x + residual, BLOCK_N columns at a time."""
+    mean = tl.zeros((1,), tl.float32)
+    if not IS_RMS:
+        total = tl.zeros((1, BLOCK_N), tl.float32)
+        for first in range(0, n, BLOCK_N):
+            column = first + tl.arange(0, BLOCK_N)
+            mask = (column < n)[None, :]
+            total += _load_summed(
+                x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE
+            )
+        mean = tl.sum(total, 1) / n
+    squares = tl.zeros((1, BLOCK_N), tl.float32)
+    for first in range(0, n, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        mask = (column < n)[None, :]
+        summed = _load_summed(
+            x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE
+        )
+        centered = tl.where(mask, summed - mean[:, None], 0.0)
+        squares += centered * centered
+    return mean, _reciprocal_root(tl.sum(squares, 1) / n + eps)
 
 
 @triton.jit
 def _wide_forward_kernel(
     normed_ptr,
     summed_ptr,
-    mean_ptr,
-    rstd_ptr,
     x_ptr,
     residual_ptr,
     weight_ptr,
@@ -113,28 +150,9 @@ def _wide_forward_kernel(
     tl.static_assert(BLOCK_M == 1)
     DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    mean = tl.zeros((1,), tl.float32)
-    if not IS_RMS:
-        total = tl.zeros((1, BLOCK_N), tl.float32)
-        for first in range(0, n, BLOCK_N):
-            column = first + tl.arange(0, BLOCK_N)
-            mask = (column < n)[None, :]
-            total += _load_summed(
-                x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE
-            )
-        mean = tl.sum(total, 1) / n
-        tl.store(mean_ptr + row, mean)
-    squares = tl.zeros((1, BLOCK_N), tl.float32)
-    for first in range(0, n, BLOCK_N):
-        column = first + tl.arange(0, BLOCK_N)
-        mask = (column < n)[None, :]
-        summed = _load_summed(
-            x_ptr, residual_ptr, row, column, x_stride, residual_stride, mask, DTYPE
-        )
-        centered = tl.where(mask, summed - mean[:, None], 0.0)
-        squares += centered * centered
-    rstd = _reciprocal_root(tl.sum(squares, 1) / n + eps)
-    tl.store(rstd_ptr + row, rstd)
+    mean, rstd = _wide_statistics(
+        x_ptr, residual_ptr, row, x_stride, residual_stride, n, eps, DTYPE, IS_RMS, BLOCK_N
+    )
     for first in range(0, n, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         mask = (column < n)[None, :]
@@ -149,7 +167,19 @@ def _wide_forward_kernel(
 
 
 @triton.jit
-def _load_backward(
+def _wide_statistics_kernel(
+    mean_ptr, rstd_ptr, summed_ptr, n, eps, IS_RMS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """One program owns one row's mean and rstd."""
+    DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mean, rstd = _wide_statistics(summed_ptr, None, row, n, 0, n, eps, DTYPE, IS_RMS, BLOCK_N)
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _load_wide(
     dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS: tl.constexpr
 ):
     """(dnormed, x_hat, rstd) of rows [BLOCK_M] and columns [BLOCK_N]; zeros outside."""
@@ -188,11 +218,10 @@ def _backward_kernel(
     dnormed_ptr,
     dsummed_ptr,
     summed_ptr,
-    mean_ptr,
-    rstd_ptr,
     weight_ptr,
     rows,
     n,
+    eps,
     rows_per_program,
     IS_RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -207,9 +236,11 @@ def _backward_kernel(
     dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for first in range(0, rows_per_program, BLOCK_M):
         row = program * rows_per_program + first + tl.arange(0, BLOCK_M)
-        dnormed, x_hat, rstd = _load_backward(
-            dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
-        )
+        mask = (row < rows)[:, None] & (column < n)[None, :]
+        offset = row[:, None] * n + column[None, :]
+        dnormed = _load(dnormed_ptr, offset, mask)
+        centered, rstd = _center(_load(summed_ptr, offset, mask), mask, n, eps, IS_RMS)
+        x_hat = centered * rstd[:, None]
         if dweight_partial_ptr is not None:
             dweight += dnormed * x_hat
         if dbias_partial_ptr is not None:
@@ -247,7 +278,7 @@ def _wide_dx_kernel(
     sum_gx = tl.zeros((1, BLOCK_N), tl.float32)
     for first in range(0, n, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        g, x_hat, rstd = _load_backward(
+        g, x_hat, rstd = _load_wide(
             dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
         )
         g = _scale_and_shift(g, weight_ptr, None, column, n)
@@ -257,7 +288,7 @@ def _wide_dx_kernel(
     mean_gx = tl.sum(sum_gx, 1) / n
     for first in range(0, n, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
-        g, x_hat, rstd = _load_backward(
+        g, x_hat, rstd = _load_wide(
             dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
         )
         g = _scale_and_shift(g, weight_ptr, None, column, n)
@@ -288,7 +319,7 @@ def _wide_partial_kernel(
     dbias = tl.zeros((1, BLOCK_N), tl.float32)
     for i in range(0, rows_per_program):
         row = program * rows_per_program + i + tl.arange(0, 1)
-        dnormed, x_hat, _ = _load_backward(
+        dnormed, x_hat, _ = _load_wide(
             dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
         )
         dweight += dnormed * x_hat
@@ -347,8 +378,6 @@ def _tile(n: int, min_elements: int) -> dict[str, int | bool]:
 def forward(
     normed: Tensor,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -368,8 +397,6 @@ def forward(
     kernel[(triton.cdiv(rows, options["BLOCK_M"]),)](
         normed,
         summed,
-        mean,
-        rstd,
         x,
         residual,
         weight,
@@ -391,12 +418,11 @@ def backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     *,
     rows: int,
     n: int,
+    eps: float,
     is_rms: bool,
 ) -> None:
     """All tensors contiguous; dweight and dbias only where they are wanted."""
@@ -410,22 +436,29 @@ def backward(
         None if grad is None else torch.empty(programs, n, dtype=torch.float32, device=grad.device)
         for grad in (dweight, dbias)
     )
-    inputs = (dnormed, dsummed, summed, mean, rstd, weight)
     if rows and not is_wide:
         _backward_kernel[(programs,)](
             dx,
             dweight_partial,
             dbias_partial,
-            *inputs,
+            dnormed,
+            dsummed,
+            summed,
+            weight,
             rows,
             n,
+            eps,
             rows_per_program,
             is_rms,
             **options,
         )
     elif rows:
         del options["BLOCK_M"]
-        _wide_dx_kernel[(rows,)](dx, *inputs, rows, n, is_rms, **options)
+        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=dx.device)
+        _wide_statistics_kernel[(rows,)](mean, rstd, summed, n, eps, is_rms, **options)
+        _wide_dx_kernel[(rows,)](
+            dx, dnormed, dsummed, summed, mean, rstd, weight, rows, n, is_rms, **options
+        )
         if dweight is not None or dbias is not None:
             blocks = triton.cdiv(n, options["BLOCK_N"])
             _wide_partial_kernel[(programs * blocks,)](

@@ -3,7 +3,9 @@
 // A row's inputs are read from memory once: its later passes find the row's sum in the caches, as it was stored. Several
 // rows are summed together, because one row alone waits for the latencies of its own sums; a row's numbers do not depend
 // on that grouping. X is the dtype of x and normed, R that of residual and summed; everything is computed in
-// A = Accumulate<X>, and so are the statistics, of the sum as it is stored: the backward reads no other.
+// A = Accumulate<X>, and so are the statistics, of the sum as it is stored. Nothing but that sum is kept for the
+// backward, which makes the statistics again: the row is in the first-level cache, and two passes over it there cost
+// less than two more tensors.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -77,6 +79,38 @@ inline void row_sums(int64_t n, T* totals, const Add& add) {
   for (int i = 0; i < kSums; ++i) totals[i] = reduce_add(outer[i]);
 }
 
+// What normalises kRows rows: normalized = (summed - mean) * rstd + offset, where mean is the rounded mean, and offset
+// makes up for its rounding.
+template <typename A, int kRows>
+struct Statistics {
+  using V = Vec<A>;
+
+  A mean[kRows], rstd[kRows], offset[kRows];
+
+  // totals: the sums of the rows, which begin at rows + i * n; not read for RMSNorm.
+  template <typename R>
+  Statistics(const A* totals, const R* rows, int64_t n, A eps, bool rms) {
+    for (int i = 0; i < kRows; ++i) mean[i] = rms ? 0 : totals[i] / static_cast<A>(n);
+    A sums[2 * kRows];  // of what is left after subtracting the mean, and of its square
+    row_sums<A, 2 * kRows>(n, sums, [=, means = mean, stride = n](auto at, V* sums) {
+      for (int i = 0; i < kRows; ++i) {
+        const V centered = at.load(rows + i * stride) - at.keep(V::broadcast(means[i]));
+        sums[2 * i] = sums[2 * i] + centered;
+        sums[2 * i + 1] = mul_add(centered, centered, sums[2 * i + 1]);
+      }
+    });
+    for (int i = 0; i < kRows; ++i) {
+      const A left = rms ? 0 : sums[2 * i] / static_cast<A>(n);
+      rstd[i] = 1 / std::sqrt(sums[2 * i + 1] / static_cast<A>(n) - left * left + eps);
+      offset[i] = -left * rstd[i];
+    }
+  }
+
+  V normalize(int i, V summed) const {
+    return mul_add(summed - V::broadcast(mean[i]), V::broadcast(rstd[i]), V::broadcast(offset[i]));
+  }
+};
+
 template <typename X, typename R>
 struct Forward {
   using A = Accumulate<X>;
@@ -84,8 +118,6 @@ struct Forward {
 
   X* normed;
   R* summed;
-  A* mean;
-  A* rstd;
   const X* x;
   const R* residual;
   const A* weight;
@@ -96,40 +128,24 @@ struct Forward {
 
   template <int kRows>
   void run(int64_t first_row) const {
-    A means[kRows] = {}, rstds[kRows], offsets[kRows] = {};
     const X* const x_rows = x + first_row * x_row_stride;
     const R* const residual_rows = residual + first_row * residual_row_stride;
     R* const summed_rows = summed + first_row * n;
-    row_sums<A, kRows>(n, means, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
-                                  stride = n](auto at, V* sums) {
+    A totals[kRows];
+    row_sums<A, kRows>(n, totals, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
+                                   stride = n](auto at, V* sums) {
       for (int i = 0; i < kRows; ++i) {
         const V sum = at.load(x_rows + i * x_stride) + at.load(residual_rows + i * residual_stride);
         at.store(sum, summed_rows + i * stride);
         sums[i] = sums[i] + sum.template rounded_to<R>();
       }
     });
-    for (int i = 0; i < kRows; ++i) means[i] = rms ? 0 : means[i] / static_cast<A>(n);
-    A totals[2 * kRows];  // of what is left after subtracting the rounded mean, and of its square
-    row_sums<A, 2 * kRows>(n, totals, [=, stride = n](auto at, V* sums) {
-      for (int i = 0; i < kRows; ++i) {
-        const V centered = at.load(summed_rows + i * stride) - at.keep(V::broadcast(means[i]));
-        sums[2 * i] = sums[2 * i] + centered;
-        sums[2 * i + 1] = mul_add(centered, centered, sums[2 * i + 1]);
-      }
-    });
-    for (int i = 0; i < kRows; ++i) {
-      const A left = rms ? 0 : totals[2 * i] / static_cast<A>(n);
-      rstds[i] = 1 / std::sqrt(totals[2 * i + 1] / static_cast<A>(n) - left * left + eps);
-      offsets[i] = -left * rstds[i];
-      rstd[first_row + i] = rstds[i];
-      if (!rms) mean[first_row + i] = means[i] + left;
-    }
+    const Statistics<A, kRows> statistics(totals, summed_rows, n, eps, rms);
     const auto write = [&](const auto& affine) {
       X* const normed_rows = normed + first_row * n;
       for_each_vector<A>(0, n, [=, &affine, stride = n](auto at) {
         for (int i = 0; i < kRows; ++i) {
-          const V centered = at.load(summed_rows + i * stride) - V::broadcast(means[i]);
-          const V normalized = mul_add(centered, V::broadcast(rstds[i]), V::broadcast(offsets[i]));
+          const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
           at.store(affine(at, normalized), normed_rows + i * stride);
         }
       });
@@ -155,31 +171,30 @@ struct Backward {
   const X* dnormed;
   const R* dsummed;
   const R* summed;
-  const A* mean;
-  const A* rstd;
   const A* weight;
   int64_t n;
+  A eps;
   bool rms;
 
   // Adds the rows' terms to dweight and dbias where they are not null.
   template <int kRows>
   void run(int64_t first_row, A* dweight, A* dbias) const {
-    A means[kRows], rstds[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      means[i] = rms ? 0 : mean[first_row + i];
-      rstds[i] = rstd[first_row + i];
-    }
     const X* const dy_rows = dnormed + first_row * n;
     const R* const summed_rows = summed + first_row * n;
     const A* const w = weight;
     const int64_t stride = n;
+    A row_totals[kRows];
+    row_sums<A, kRows>(n, row_totals, [=](auto at, V* sums) {
+      for (int i = 0; i < kRows; ++i) sums[i] = sums[i] + at.load(summed_rows + i * stride);
+    });
+    const Statistics<A, kRows> statistics(row_totals, summed_rows, n, eps, rms);
     A totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
     row_sums<A, 2 * kRows>(n, totals, [&](auto at, V* sums) {
       V dw = dweight != nullptr ? at.load(dweight) : V::zero();
       V db = dbias != nullptr ? at.load(dbias) : V::zero();
       for (int i = 0; i < kRows; ++i) {
         const V dy = at.load(dy_rows + i * stride);
-        const V normalized = (at.load(summed_rows + i * stride) - V::broadcast(means[i])) * V::broadcast(rstds[i]);
+        const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
         const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
         sums[2 * i] = sums[2 * i] + dnormalized;
         sums[2 * i + 1] = mul_add(dnormalized, normalized, sums[2 * i + 1]);
@@ -194,21 +209,23 @@ struct Backward {
       totals[2 * i + 1] /= static_cast<A>(n);
     }
     for (int i = 0; i < kRows; ++i) {
-      write_row(means[i], rstds[i], totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
+      write_row(statistics, i, totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
     }
   }
 
-  void write_row(A row_mean, A row_rstd, A dnormalized_mean, A product_mean, int64_t offset) const {
-    const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd);
+  template <int kRows>
+  void write_row(const Statistics<A, kRows>& statistics, int i, A dnormalized_mean, A product_mean,
+                 int64_t offset) const {
+    const V scale = V::broadcast(statistics.rstd[i]);
     const V constant = V::broadcast(dnormalized_mean), slope = V::broadcast(product_mean);
     const X* const dy_row = dnormed + offset;
     const R* const summed_row = summed + offset;
     const A* const w = weight;
     const R* const dsummed_row = dsummed != nullptr ? dsummed + offset : nullptr;
     R* const dresidual_row = dresidual + offset;
-    for_each_vector<A>(0, n, [=](auto at) {
+    for_each_vector<A>(0, n, [=, &statistics](auto at) {
       const V dy = at.load(dy_row);
-      const V normalized = (at.load(summed_row) - mean_lanes) * scale;
+      const V normalized = statistics.normalize(i, at.load(summed_row));
       const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
       const V out = ((dnormalized - constant) - normalized * slope) * scale;
       at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dresidual_row);
@@ -252,17 +269,17 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-void add_layer_norm_forward(int dtype, std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t mean,
-                            std::uintptr_t rstd, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
-                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
-                            int64_t residual_row_stride, double eps, bool rms, int num_threads) {
+void add_layer_norm_forward(int dtype, std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t x,
+                            std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias, int64_t rows,
+                            int64_t n, int64_t x_row_stride, int64_t residual_row_stride, double eps, bool rms,
+                            int num_threads) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
     const Parameter<A, T> weights(weight, n), biases(bias, n);
-    const Forward<T, T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<A>(mean), pointer<A>(rstd),
-                                   pointer<const T>(x), pointer<const T>(residual), weights.data(), biases.data(), n,
-                                   x_row_stride, residual_row_stride, static_cast<A>(eps), rms};
+    const Forward<T, T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<const T>(x), pointer<const T>(residual),
+                                   weights.data(), biases.data(), n, x_row_stride, residual_row_stride,
+                                   static_cast<A>(eps), rms};
     advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
     advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
@@ -294,16 +311,14 @@ void reduce_blocks(const A* partial, int64_t blocks, int64_t block_stride, int64
 }
 
 void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias,
-                             std::uintptr_t dnormed, std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t mean,
-                             std::uintptr_t rstd, std::uintptr_t weight, int64_t rows, int64_t n, bool rms,
-                             int num_threads) {
+                             std::uintptr_t dnormed, std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight,
+                             int64_t rows, int64_t n, double eps, bool rms, int num_threads) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
     const Parameter<A, T> weights(weight, n);
     const Backward<T, T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
-                                     pointer<const T>(summed), pointer<const A>(mean), pointer<const A>(rstd),
-                                     weights.data(), n, rms};
+                                     pointer<const T>(summed), weights.data(), n, static_cast<A>(eps), rms};
     advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(T)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
     const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;

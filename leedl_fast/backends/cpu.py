@@ -193,34 +193,32 @@ def _add_layer_norm_forward(
     problem: Any,
     normed: Tensor,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    rows, n = problem.rows, problem.n
-    x, x_row_stride = _rows(x, rows, n)
-    residual, residual_row_stride = _rows(residual, rows, n)
+    rows, n, dtype, _, eps, norm = problem
+    x, x_row_stride = (x, n) if x.is_contiguous() else _rows(x, rows, n)
+    residual, residual_row_stride = (
+        (residual, n) if residual.is_contiguous() else _rows(residual, rows, n)
+    )
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     _kernel("add_layer_norm_forward")(
-        DTYPE_NUMBERS[problem.dtype],
+        DTYPE_NUMBERS[dtype],
         normed.data_ptr(),
         summed.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
         x.data_ptr(),
         residual.data_ptr(),
-        _pointer(weight),
-        _pointer(bias),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         rows,
         n,
         x_row_stride,
         residual_row_stride,
-        problem.eps,
-        problem.norm == "rms",
+        eps,
+        norm == "rms",
         torch.get_num_threads(),
     )
 
@@ -242,8 +240,6 @@ def _add_layer_norm_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
@@ -253,9 +249,10 @@ def _add_layer_norm_backward(
     _kernel("add_layer_norm_backward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
-        *map(_pointer, (mean, rstd, weight)),
+        _pointer(weight),
         problem.rows,
         problem.n,
+        problem.eps,
         problem.norm == "rms",
         torch.get_num_threads(),
     )

@@ -153,8 +153,6 @@ def _add_layer_norm_forward(
     problem: Any,
     normed: Tensor,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -166,8 +164,6 @@ def _add_layer_norm_forward(
     add_layer_norm.forward(
         normed,
         summed,
-        mean,
-        rstd,
         _rows(x, rows, n),
         _rows(residual, rows, n),
         *(
@@ -188,8 +184,6 @@ def _add_layer_norm_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
@@ -202,11 +196,10 @@ def _add_layer_norm_backward(
         dnormed,
         dsummed,
         summed,
-        mean,
-        rstd,
         weight if weight is None else weight.contiguous(),
         rows=problem.rows,
         n=problem.n,
+        eps=problem.eps,
         is_rms=problem.norm == "rms",
     )
 

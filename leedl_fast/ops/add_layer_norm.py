@@ -30,10 +30,6 @@ class Problem(NamedTuple):
     eps: float
     norm: str
 
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
-
 
 def add_layer_norm(
     x: Tensor,
@@ -86,13 +82,10 @@ def add_layer_norm(
     if implementation.backend == "eager":
         return reference.add_layer_norm(x, residual, weight, bias, eps=eps, norm=norm)
     if traced(x, residual, weight, bias):
-        normed, summed, _, _ = _forward.from_graph(
-            implementation, problem, x, residual, weight, bias
-        )
-        return normed, summed
+        return _forward.from_graph(implementation, problem, x, residual, weight, bias)
     if needs_grad(x, residual, weight, bias):
         return AddLayerNormFunction.apply(x, residual, weight, bias, problem, implementation)
-    return _forward(implementation, problem, x, residual, weight, bias)[:2]
+    return _forward(implementation, problem, x, residual, weight, bias)
 
 
 def _check(
@@ -129,15 +122,10 @@ _resolve = resolver("add_layer_norm", _check)
 
 def _allocate_forward(
     problem: Problem, x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = problem.statistics_dtype
-    contiguous = torch.contiguous_format
-    return (
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty(problem.rows, dtype=statistics, device=problem.device),
-        torch.empty(problem.rows, dtype=statistics, device=problem.device),
-    )
+) -> tuple[Tensor, Tensor]:
+    if not x.is_contiguous():
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+    return torch.empty_like(x), torch.empty_like(x)  # the cheaper call
 
 
 def _allocate_backward(
@@ -145,8 +133,6 @@ def _allocate_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,7 +155,7 @@ _forward = Operator(
     "add_layer_norm",
     "add_layer_norm_forward",
     "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, str norm, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor)",
     4,
     allocate=_allocate_forward,
     describe=lambda x, residual, weight, bias, *options: _describe(x, *options),
@@ -178,13 +164,11 @@ _forward = Operator(
 _backward = Operator(
     "add_layer_norm",
     "add_layer_norm_backward",
-    "(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, float eps, str norm, str backend) -> (Tensor, Tensor, Tensor)",
-    7,
+    "(Tensor dnormed, Tensor? dsummed, Tensor summed, Tensor? weight, Tensor? bias, float eps, "
+    "str norm, str backend) -> (Tensor, Tensor, Tensor)",
+    5,
     allocate=_allocate_backward,
-    describe=lambda dnormed, dsummed, summed, mean, rstd, weight, bias, *options: _describe(
-        summed, *options
-    ),
+    describe=lambda dnormed, dsummed, summed, weight, bias, *options: _describe(summed, *options),
     options=_options,
 )
 
@@ -192,7 +176,7 @@ _backward = Operator(
 def _gradients(
     ctx: Any, run: Any, dnormed: Tensor | None, dsummed: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    summed, mean, rstd, weight, bias = ctx.saved_tensors
+    summed, weight, bias = ctx.saved_tensors
     if dnormed is None:
         return dsummed, dsummed, None, None
     if torch.is_grad_enabled():
@@ -216,8 +200,6 @@ def _gradients(
         dnormed.contiguous(),
         None if dsummed is None else dsummed.contiguous(),
         summed,
-        mean,
-        rstd,
         weight,
         bias,
     )
@@ -237,9 +219,9 @@ class AddLayerNormFunction(Function):
         problem: Problem,
         implementation: Implementation,
     ) -> tuple[Tensor, Tensor]:
-        normed, summed, mean, rstd = _forward(implementation, problem, x, residual, weight, bias)
+        normed, summed = _forward(implementation, problem, x, residual, weight, bias)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(summed, mean, rstd, weight, bias)
+        ctx.save_for_backward(summed, weight, bias)
         ctx.problem, ctx.implementation = problem, implementation
         return normed, summed
 
@@ -250,17 +232,14 @@ class AddLayerNormFunction(Function):
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     x, _, weight, bias, *options, backend = inputs
-    _, summed, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    _, summed = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(summed, mean, rstd, weight, bias)
+    ctx.save_for_backward(summed, weight, bias)
     ctx.problem = _describe(x, *options)
     ctx.implementation = table(backend)["add_layer_norm"]
 
 
-def _backward_from_graph(
-    ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None, dmean: None, drstd: None
-) -> tuple:
+def _backward_from_graph(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None) -> tuple:
     grads = _gradients(ctx, _backward.from_graph, dnormed, dsummed)
     return *grads, None, None, None
 

@@ -88,12 +88,12 @@ def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
 
 
 def _add_layer_norm(dtype: torch.dtype, n: int) -> Launch:
-    x, weight, row = torch.empty(64, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(64)
+    x, weight = torch.empty(64, n, dtype=dtype), torch.empty(n, dtype=dtype)
 
     def launch() -> None:
-        add_layer_norm.forward(x, x, row, row, x, x, weight, weight, eps=1e-5, is_rms=False)
+        add_layer_norm.forward(x, x, x, x, weight, weight, eps=1e-5, is_rms=False)
         add_layer_norm.backward(
-            x, weight, weight, x, x, x, row, row, weight, rows=64, n=n, is_rms=False
+            x, weight, weight, x, x, x, weight, rows=64, n=n, eps=1e-5, is_rms=False
         )
 
     return launch

@@ -130,10 +130,7 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
             *options,
         ),
         "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
-        "add_layer_norm_backward": (
-            *(x, residual, x, torch.rand(6), torch.rand(6), weight, bias),
-            *(1e-5, "layer"),
-        ),
+        "add_layer_norm_backward": (*(x, residual, x, weight, bias, 1e-5, "layer"),),
         "diffusion_randn": (SEEDS, (2, 5), torch.float32),
         "diffusion_add_noise": (sample, None, two, SEEDS),
         "diffusion_noise_prediction_loss_forward": (model_output, sample, None, two, SEEDS),
