@@ -28,4 +28,5 @@ PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   leedl::bind_attention(m);
   leedl::bind_add_layer_norm(m);
   leedl::bind_diffusion(m);
+  leedl::bind_linear_cross_entropy(m);
 }

@@ -348,6 +348,42 @@ def _step(
     )
 
 
+def _linear_cross_entropy_forward(
+    problem: Any,
+    loss: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    *inputs: Tensor | None,
+) -> None:
+    gradients = (dhidden, dweight, dbias) if problem.wants_gradients else (None, None, None)
+    _linear_cross_entropy(problem, loss, *gradients, None, *inputs)
+
+
+def _linear_cross_entropy_backward(problem: Any, *tensors: Tensor | None) -> None:
+    _linear_cross_entropy(problem, None, *tensors)
+
+
+def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
+    """tensors: loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets."""
+    loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets = tensors
+    _kernel("linear_cross_entropy")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (loss, dhidden, dweight, dbias if problem.has_bias else None, dloss)),
+        *map(_pointer, (hidden, weight, bias, targets)),
+        problem.rows,
+        problem.in_features,
+        problem.vocab_size,
+        hidden.stride(0),
+        weight.stride(0),
+        problem.ignore_index,
+        problem.reduction == "none",
+        problem.reduction == "mean",
+        problem.label_smoothing,
+        torch.get_num_threads(),
+    )
+
+
 TABLE = MappingProxyType(
     {
         "attention": Implementation(
@@ -372,6 +408,14 @@ TABLE = MappingProxyType(
                 "diffusion_noise_prediction_loss_forward": _loss_forward,
                 "diffusion_noise_prediction_loss_backward": _loss_backward,
                 "diffusion_step": _step,
+            },
+        ),
+        "linear_cross_entropy": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
             },
         ),
     }

@@ -341,9 +341,9 @@ LINEAR_CROSS_ENTROPY = (
     ),
     _cross_entropy_case("smoothed", (130,), 24, 77, bias=True, label_smoothing=0.1),
     _cross_entropy_case("ignore-a-class", (90,), 32, 11, ignore_index=3),
-    _cross_entropy_case("many-rows", (1500,), 20, 65),
-    _cross_entropy_case("many-classes", (70,), 24, 9001, scale=0.3),
-    _cross_entropy_case("deep", (60,), 700, 150, scale=0.2, bias=True),
+    _cross_entropy_case("many-rows", (1500,), 10, 65),
+    _cross_entropy_case("many-classes", (70,), 8, 9001, scale=0.3),
+    _cross_entropy_case("deep", (60,), 600, 150, scale=0.2, bias=True),
     _cross_entropy_case("huge-logits", (60,), 64, 100, scale=10.0),
     _cross_entropy_case("unaligned", (33,), 21, 50, offset=1, bias=True),
     _cross_entropy_case("all-ignored-sum", (9,), 8, 5, reduction="sum", ignored="all"),
@@ -441,4 +441,4 @@ DIFFUSION = (
     ),
 )
 
-CASES = (*ATTENTION, *ADD_LAYER_NORM, *DIFFUSION)
+CASES = (*ATTENTION, *ADD_LAYER_NORM, *DIFFUSION, *LINEAR_CROSS_ENTROPY)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import leedl_fast
-from leedl_fast import add_layer_norm, attention, diffusion, use_backend
+from leedl_fast import add_layer_norm, attention, diffusion, linear_cross_entropy, use_backend
 from leedl_fast.backends import select
 from leedl_fast.ops.contract import OPERATORS
 from leedl_fast.testing.compare import poisoned_outputs
@@ -30,6 +30,8 @@ def _randn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Inpu
 QKV = ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 2))
 LAYER_NORM = ((2, 3, 5), (2, 3, 5), (5,), (5,))
 IMAGES = ((2, 3, 2), (2, 3, 2))
+HEAD = ((5, 4), (7, 4), (7,))
+TARGETS = torch.tensor([3, -100, 0, 6, 3])
 CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
     "attention": (
         QKV,
@@ -68,6 +70,16 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
             unconditional_output=u,
             guidance_scale=2.0,
             backend="cpu",
+        ),
+    ),
+    "linear_cross_entropy": (
+        HEAD,
+        lambda h, w, b: linear_cross_entropy(h, w, TARGETS, bias=b, backend="cpu"),
+    ),
+    "linear_cross_entropy-none": (
+        HEAD[:2],
+        lambda h, w: linear_cross_entropy(
+            h, w, TARGETS, reduction="none", label_smoothing=0.1, backend="cpu"
         ),
     ),
 }
@@ -119,6 +131,7 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
     model_output, sample = (
         x.detach().requires_grad_(grad) for x in _randn(*IMAGES, dtype=torch.float32)
     )
+    head = tuple(x.detach().requires_grad_(grad) for x in _randn(*HEAD, dtype=torch.float32))
     out, lse = torch.rand(2, 4, 5, 2), torch.rand(2, 4, 5)
     two, six = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
     options = (0.5, 3, 2, "softmax", None, 0.0, False)
@@ -137,6 +150,11 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
         "diffusion_noise_prediction_loss_backward": (
             *(model_output, sample, None, two),
             *(torch.rand(2, dtype=torch.float64), SEEDS),
+        ),
+        "linear_cross_entropy_forward": (*head, TARGETS, -100, "mean", 0.1, grad),
+        "linear_cross_entropy_backward": (
+            *(torch.rand(5), *head, TARGETS),
+            *(-100, "none", 0.1, False),
         ),
         "diffusion_step": (model_output, None, sample, None, six, SEEDS, TIMESTEPS, 1.0, None),
     }
