@@ -245,6 +245,57 @@ def _step(problem: Any, *tensors: Tensor | None) -> None:
     )
 
 
+@_on_its_device
+def _linear_cross_entropy_forward(
+    problem: Any,
+    loss: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+) -> None:
+    gradients = (dhidden, dweight, dbias) if problem.wants_gradients else (None, None, None)
+    losses = torch.empty(problem.rows, dtype=torch.float32, device=problem.device)
+    dlosses = torch.ones_like(losses)
+    if problem.reduction == "mean":  # the number of rows stays on the device
+        dlosses /= (targets != problem.ignore_index).sum()
+    _linear_cross_entropy(problem, losses, *gradients, dlosses, hidden, weight, bias, targets)
+    if problem.reduction == "none":
+        loss.copy_(losses)
+    elif problem.reduction == "sum":
+        loss.copy_(losses.sum())
+    else:
+        loss.copy_(losses.sum() / (targets != problem.ignore_index).sum())
+
+
+@_on_its_device
+def _linear_cross_entropy_backward(
+    problem: Any,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dloss: Tensor,
+    *inputs: Tensor | None,
+) -> None:
+    losses = torch.empty(problem.rows, dtype=torch.float32, device=problem.device)
+    _linear_cross_entropy(problem, losses, dhidden, dweight, dbias, dloss.float(), *inputs)
+
+
+def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
+    """tensors: losses, dhidden, dweight, dbias, dlosses, hidden, weight, bias, targets."""
+    from leedl_fast.kernels import linear_cross_entropy
+
+    losses, dhidden, dweight, dbias, *rest = tensors
+    linear_cross_entropy.run(
+        *(losses, dhidden, dweight, dbias if problem.has_bias else None, *rest),
+        ignore_index=problem.ignore_index,
+        label_smoothing=problem.label_smoothing,
+    )
+
+
 TABLE = MappingProxyType(
     {
         "attention": Implementation(
@@ -269,6 +320,14 @@ TABLE = MappingProxyType(
                 "diffusion_noise_prediction_loss_forward": _loss_forward,
                 "diffusion_noise_prediction_loss_backward": _loss_backward,
                 "diffusion_step": _step,
+            },
+        ),
+        "linear_cross_entropy": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
             },
         ),
     }

@@ -37,6 +37,7 @@ TOO_LONG = {
     "diffusion-add_noise-parallel",
     "diffusion-noise_prediction_loss-sum",
     "diffusion-ddpm_step-parallel",
+    "linear_cross_entropy-many-rows",
 }
 SHORT = [case for case in CASES if str(case) not in TOO_LONG]
 # One number of the inputs' dtype is loaded and stored like another, whatever the sizes.
@@ -53,6 +54,8 @@ IN_HALF = {
     "diffusion-add_noise-noise",
     "diffusion-noise_prediction_loss-v_prediction",
     "diffusion-ddpm_step-guidance-clip",
+    "linear_cross_entropy-odd",
+    "linear_cross_entropy-none-smoothed",
 }
 
 

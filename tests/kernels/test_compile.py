@@ -22,6 +22,7 @@ from leedl_fast.kernels import (
     attention_backward,
     attention_tiles,
     diffusion,
+    linear_cross_entropy,
 )
 
 TARGETS = {
@@ -126,6 +127,22 @@ def _diffusion(dtype: torch.dtype) -> Launch:
     return launch
 
 
+def _linear_cross_entropy(dtype: torch.dtype, vocab_size: int, smoothing: float = 0.0) -> Launch:
+    hidden, weight = torch.zeros(3, 8, dtype=dtype), torch.zeros(vocab_size, 8, dtype=dtype)
+    rows, targets = torch.empty(3), torch.zeros(3, dtype=torch.int64)
+    gradients = torch.empty(3, 8), torch.empty(vocab_size, 8), None
+
+    def launch() -> None:
+        for outputs in (gradients, (None, None, None)):
+            linear_cross_entropy.run(
+                *(rows, *outputs, rows, hidden, weight, None, targets),
+                ignore_index=-100,
+                label_smoothing=smoothing,
+            )
+
+    return launch
+
+
 CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-bfloat16-64", _attention(bfloat16, 64), tuple(TARGETS)),
     ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
@@ -133,6 +150,9 @@ CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
     ("add_layer_norm-bfloat16-40000", _add_layer_norm(bfloat16, 40000), tuple(TARGETS)),
+    ("linear_cross_entropy-bfloat16-100", _linear_cross_entropy(bfloat16, 100), tuple(TARGETS)),
+    ("linear_cross_entropy-float32-30522", _linear_cross_entropy(float32, 30522), tuple(TARGETS)),
+    ("linear_cross_entropy-smoothed", _linear_cross_entropy(float32, 9000, 0.1), ("sm_90",)),
     ("diffusion-float32", _diffusion(float32), tuple(TARGETS)),
     ("diffusion-bfloat16", _diffusion(bfloat16), ("sm_90",)),
 ]
