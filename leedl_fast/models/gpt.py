@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leedl_fast.layers import AddLayerNorm, TransformerEncoder, TransformerEncoderLayer
+from leedl_fast.ops import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,10 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token; targets (batch, seqlen) are the next tokens."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        """Mean cross-entropy in nats per token, without ever holding all logits; targets (batch,
+        seqlen) are the next tokens.
+        """
+        return linear_cross_entropy(self.hidden(tokens), self.head.weight, targets)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """What the head reads: (batch, seqlen, embed_dim)."""
