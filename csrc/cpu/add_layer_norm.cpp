@@ -1,4 +1,4 @@
-// Residual + LayerNorm (or RMSNorm): summed = x + residual, normed = (summed - mean) * rstd * weight + bias.
+// Residual + LayerNorm (or RMSNorm): summed = dropout(x) + residual, normed = (summed - mean) * rstd * weight + bias.
 //
 // A row's inputs are read from memory once: its later passes find the row's sum in the caches, as it was stored. Several
 // rows are summed together, because one row alone waits for the latencies of its own sums; a row's numbers do not depend
@@ -6,6 +6,7 @@
 // A = Accumulate<X>, and so are the statistics, of the sum as it is stored. Nothing but that sum is kept for the
 // backward, which makes the statistics again: the row is in the first-level cache, and two passes over it there cost
 // less than two more tensors.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -17,6 +18,8 @@
 #include "bindings.h"
 #include "dtypes.h"
 #include "huge_pages.h"
+#include "memory.h"
+#include "philox_simd.h"
 #include "simd.h"
 
 namespace leedl {
@@ -111,6 +114,17 @@ struct Statistics {
   }
 };
 
+// Dropout of the branch x: 0 or scale is what each of its elements is multiplied by.
+template <typename A>
+struct Branch {
+  Dropout<A> mask;
+  A scale;
+
+  Branch(double dropout_p, uint64_t seed)
+      : mask(dropout_p, seed, kAddLayerNormStream), scale(static_cast<A>(1 / (1 - dropout_p))) {}
+  void fill(int64_t row, int64_t n, A* factors) const { mask.fill(0, n, row, row >> 32, factors); }
+};
+
 template <typename X, typename R>
 struct Forward {
   using A = Accumulate<X>;
@@ -125,21 +139,33 @@ struct Forward {
   int64_t n, x_row_stride, residual_row_stride;
   A eps;
   bool rms;
+  const Branch<A>* dropout;  // or null
 
+  // factors: [kRows][n], written and read with dropout alone.
   template <int kRows>
-  void run(int64_t first_row) const {
+  void run(int64_t first_row, A* factors) const {
     const X* const x_rows = x + first_row * x_row_stride;
     const R* const residual_rows = residual + first_row * residual_row_stride;
     R* const summed_rows = summed + first_row * n;
     A totals[kRows];
-    row_sums<A, kRows>(n, totals, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
-                                   stride = n](auto at, V* sums) {
-      for (int i = 0; i < kRows; ++i) {
-        const V sum = at.load(x_rows + i * x_stride) + at.load(residual_rows + i * residual_stride);
-        at.store(sum, summed_rows + i * stride);
-        sums[i] = sums[i] + sum.template rounded_to<R>();
-      }
-    });
+    const auto add = [&](const auto& branch) {
+      row_sums<A, kRows>(n, totals, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
+                                     stride = n](auto at, V* sums) {
+        for (int i = 0; i < kRows; ++i) {
+          const V sum = branch(at, i, at.load(x_rows + i * x_stride)) + at.load(residual_rows + i * residual_stride);
+          at.store(sum, summed_rows + i * stride);
+          sums[i] = sums[i] + sum.template rounded_to<R>();
+        }
+      });
+    };
+    if (dropout != nullptr) {
+      for (int i = 0; i < kRows; ++i) dropout->fill(first_row + i, n, factors + i * n);
+      add([factors, scale = V::broadcast(dropout->scale), stride = n](auto at, int i, V v) {
+        return v * (at.load(factors + i * stride) * scale);
+      });
+    } else {
+      add([](auto, int, V v) { return v; });
+    }
     const Statistics<A, kRows> statistics(totals, summed_rows, n, eps, rms);
     const auto write = [&](const auto& affine) {
       X* const normed_rows = normed + first_row * n;
@@ -247,20 +273,24 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
 // the partial sums are few against the data, at most 128, so that their rounding errors stay small.
 int64_t rows_per_block(int64_t rows) { return std::clamp((rows + 63) / 64, int64_t{16}, int64_t{128}); }
 
-// The n numbers of dtype T at `address` as numbers of A, converted once where these differ; null where there are none.
-template <typename A, typename T>
+// n numbers as numbers of A, converted once where their dtype is another; null where there are none.
+template <typename A>
 class Parameter {
  public:
-  Parameter(std::uintptr_t address, int64_t n) {
-    if constexpr (std::is_same_v<A, T>) {
-      data_ = pointer<const A>(address);
-    } else if (address != 0) {
-      converted_.resize(n);
-      for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
-        at.store(at.load(from), to);
-      });
-      data_ = converted_.data();
-    }
+  Parameter(int dtype, std::uintptr_t address, int64_t n) {
+    dispatch(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::Type;
+      if constexpr (std::is_same_v<A, T>) {
+        data_ = pointer<const A>(address);
+      } else if constexpr (std::is_same_v<A, Accumulate<T>>) {
+        if (address == 0) return;
+        converted_.resize(n);
+        for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
+          at.store(at.load(from), to);
+        });
+        data_ = converted_.data();
+      }
+    });
   }
   const A* data() const { return data_; }
 
@@ -269,24 +299,64 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-void add_layer_norm_forward(int dtype, std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t x,
-                            std::uintptr_t residual, std::uintptr_t weight, std::uintptr_t bias, int64_t rows,
-                            int64_t n, int64_t x_row_stride, int64_t residual_row_stride, double eps, bool rms,
-                            int num_threads) {
+// Calls body(Tag<X>(), Tag<R>()) for the dtypes of x and of residual: the same, or float beside two bytes.
+template <typename Body>
+void dispatch_pair(int dtype, int residual_dtype, const Body& body) {
   dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    using A = Accumulate<T>;
-    const Parameter<A, T> weights(weight, n), biases(bias, n);
-    const Forward<T, T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<const T>(x), pointer<const T>(residual),
-                                   weights.data(), biases.data(), n, x_row_stride, residual_row_stride,
-                                   static_cast<A>(eps), rms};
-    advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
-    advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
+    if constexpr (kIsTwoBytes<typename decltype(tag)::Type>) {
+      if (residual_dtype != dtype) return body(tag, Tag<float>());
+    }
+    body(tag, tag);
+  });
+}
+
+void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
+                            std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
+                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
+                            int64_t residual_row_stride, double eps, bool rms, std::uintptr_t seed, double dropout_p,
+                            int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Parameter<A> weights(parameter_dtype, weight, n), biases(parameter_dtype, bias, n);
+    const Branch<A> dropout(dropout_p, seed != 0 ? *pointer<const uint64_t>(seed) : 0);
+    const Forward<X, R> forward = {pointer<X>(normed), pointer<R>(summed), pointer<const X>(x),
+                                   pointer<const R>(residual), weights.data(), biases.data(), n, x_row_stride,
+                                   residual_row_stride, static_cast<A>(eps), rms, seed != 0 ? &dropout : nullptr};
+    advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(X)));
+    advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t factors = seed != 0 ? round_up(kRowsTogether * n, 64) : 0;
+    const Buffer<A> memory = seed != 0 ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
     for (int64_t block = 0; block < blocks; ++block) {
+      A* const own_factors = memory.get() + omp_get_thread_num() * factors;
       for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-        forward.template run<decltype(together)::value>(row);
+        forward.template run<decltype(together)::value>(row, own_factors);
+      });
+    }
+  });
+}
+
+// dx = dresidual times what the forward pass multiplied x by.
+void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr_t dx, std::uintptr_t dresidual,
+                                     std::uintptr_t seed, int64_t rows, int64_t n, double dropout_p, int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Branch<A> dropout(dropout_p, *pointer<const uint64_t>(seed));
+    const int64_t pitch = round_up(n, 64);
+    const Buffer<A> memory = allocate<A>(std::max(num_threads, 1) * pitch);
+    advise_huge_pages(pointer<X>(dx), rows * n * static_cast<int64_t>(sizeof(X)));
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * n >= kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      A* const factors = memory.get() + omp_get_thread_num() * pitch;
+      dropout.fill(row, n, factors);
+      for_each_vector<A>(0, n, [=, from = pointer<const R>(dresidual) + row * n, to = pointer<X>(dx) + row * n,
+                                scale = Vec<A>::broadcast(dropout.scale)](auto at) {
+        at.store(at.load(from) * (at.load(factors) * scale), to);
       });
     }
   });
@@ -310,16 +380,18 @@ void reduce_blocks(const A* partial, int64_t blocks, int64_t block_stride, int64
   }
 }
 
-void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias,
-                             std::uintptr_t dnormed, std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight,
-                             int64_t rows, int64_t n, double eps, bool rms, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    using A = Accumulate<T>;
-    const Parameter<A, T> weights(weight, n);
-    const Backward<T, T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
-                                     pointer<const T>(summed), weights.data(), n, static_cast<A>(eps), rms};
-    advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(T)));
+void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t dresidual,
+                             std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
+                             std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight, int64_t rows,
+                             int64_t n, double eps, bool rms, int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Parameter<A> weights(parameter_dtype, weight, n);
+    const Backward<X, R> backward = {pointer<R>(dresidual), pointer<const X>(dnormed), pointer<const R>(dsummed),
+                                     pointer<const R>(summed), weights.data(), n, static_cast<A>(eps), rms};
+    advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
     const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
     const int64_t block_stride = dweight_size + dbias_size;
@@ -333,8 +405,13 @@ void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweigh
       });
     }
     const A *const dweights = partial.data(), *const dbiases = dweights + dweight_size;
-    if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
-    if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+    dispatch(parameter_dtype, [&](auto parameter_tag) {
+      using T = typename decltype(parameter_tag)::Type;
+      if constexpr (std::is_same_v<Accumulate<T>, A>) {
+        if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
+        if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+      }
+    });
   });
 }
 
@@ -344,6 +421,7 @@ void bind_add_layer_norm(pybind11::module_& m) {
   using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("add_layer_norm_forward", &add_layer_norm_forward, Release());
   m.def("add_layer_norm_backward", &add_layer_norm_backward, Release());
+  m.def("add_layer_norm_dropout_backward", &add_layer_norm_dropout_backward, Release());
 }
 
 }  // namespace leedl

@@ -197,8 +197,9 @@ def _add_layer_norm_forward(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
-    rows, n, dtype, _, eps, norm = problem
+    rows, n, dtype, residual_dtype, parameter_dtype, _, eps, norm, dropout_p = problem
     x, x_row_stride = (x, n) if x.is_contiguous() else _rows(x, rows, n)
     residual, residual_row_stride = (
         (residual, n) if residual.is_contiguous() else _rows(residual, rows, n)
@@ -207,6 +208,8 @@ def _add_layer_norm_forward(
     bias = bias if bias is None else bias.contiguous()
     _kernel("add_layer_norm_forward")(
         DTYPE_NUMBERS[dtype],
+        DTYPE_NUMBERS[residual_dtype],
+        DTYPE_NUMBERS[parameter_dtype],
         normed.data_ptr(),
         summed.data_ptr(),
         x.data_ptr(),
@@ -219,6 +222,8 @@ def _add_layer_norm_forward(
         residual_row_stride,
         eps,
         norm == "rms",
+        0 if seed is None else seed.data_ptr(),
+        dropout_p,
         torch.get_num_threads(),
     )
 
@@ -247,13 +252,27 @@ def _add_layer_norm_backward(
     dweight_or_none = dweight if weight is not None else None
     dbias_or_none = dbias if bias is not None else None
     _kernel("add_layer_norm_backward")(
-        DTYPE_NUMBERS[problem.dtype],
+        *(DTYPE_NUMBERS[dtype] for dtype in problem[2:5]),
         *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
         _pointer(weight),
         problem.rows,
         problem.n,
         problem.eps,
         problem.norm == "rms",
+        torch.get_num_threads(),
+    )
+
+
+def _add_layer_norm_dropout_backward(
+    problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor
+) -> None:
+    _kernel("add_layer_norm_dropout_backward")(
+        DTYPE_NUMBERS[problem.dtype],
+        DTYPE_NUMBERS[problem.residual_dtype],
+        *map(_pointer, (dx, dresidual, seed)),
+        problem.rows,
+        problem.n,
+        problem.dropout_p,
         torch.get_num_threads(),
     )
 
@@ -397,6 +416,7 @@ TABLE = MappingProxyType(
             {
                 "add_layer_norm_forward": _add_layer_norm_forward,
                 "add_layer_norm_backward": _add_layer_norm_backward,
+                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
             },
         ),
         "diffusion": Implementation(

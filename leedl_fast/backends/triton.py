@@ -157,6 +157,7 @@ def _add_layer_norm_forward(
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
     from leedl_fast.kernels import add_layer_norm
 
@@ -170,8 +171,10 @@ def _add_layer_norm_forward(
             parameter if parameter is None else parameter.contiguous()
             for parameter in (weight, bias)
         ),
+        seed,
         eps=problem.eps,
         is_rms=problem.norm == "rms",
+        dropout_p=problem.dropout_p,
     )
 
 
@@ -187,9 +190,9 @@ def _add_layer_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    from leedl_fast.kernels import add_layer_norm
+    from leedl_fast.kernels import add_layer_norm_backward
 
-    add_layer_norm.backward(
+    add_layer_norm_backward.backward(
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
@@ -202,6 +205,14 @@ def _add_layer_norm_backward(
         eps=problem.eps,
         is_rms=problem.norm == "rms",
     )
+
+
+@_on_its_device
+def _add_layer_norm_dropout_backward(problem: Any, *tensors: Tensor) -> None:
+    from leedl_fast.kernels import add_layer_norm
+
+    sizes = {"rows": problem.rows, "n": problem.n}
+    add_layer_norm.dropout_backward(*tensors, **sizes, dropout_p=problem.dropout_p)
 
 
 @_on_its_device
@@ -309,6 +320,7 @@ TABLE = MappingProxyType(
             {
                 "add_layer_norm_forward": _add_layer_norm_forward,
                 "add_layer_norm_backward": _add_layer_norm_backward,
+                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
             },
         ),
         "diffusion": Implementation(

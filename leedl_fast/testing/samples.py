@@ -253,10 +253,15 @@ ADDITIVE_ATTENTION = (
 )
 
 
-def _add_layer_norm(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
-    x, residual = tensors["x"], tensors["residual"]
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    return add_layer_norm(x, residual, weight, bias, backend=backend, **options)
+def _add_layer_norm(
+    tensors: Tensors, backend: str | None, *, wide: tuple[str, ...] = (), **options: Any
+) -> tuple[Tensor, ...]:
+    """wide: what is float32 where the inputs are bfloat16 or float16."""
+    arguments: dict[str, Any] = {
+        name: tensor.float() if name in wide and tensor.dtype.itemsize == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    return add_layer_norm(**arguments, backend=backend, **options)
 
 
 def _add_layer_norm_case(
@@ -293,6 +298,15 @@ ADD_LAYER_NORM = (
     _add_layer_norm_case("huge", (9, 48), scale=1e4),
     _add_layer_norm_case("unaligned", (11, 50), offset=1),
     _add_layer_norm_case("no-rows", (0, 16)),
+    _add_layer_norm_case("dropout", (6, 64), dropout_p=0.3, seed=7),
+    _add_layer_norm_case("dropout-odd", (5, 3, 67), offset=1, dropout_p=0.1, seed=-1),
+    _add_layer_norm_case("dropout-parallel", (301, 259), dropout_p=0.5, seed=2**40 + 3),
+    _add_layer_norm_case("dropout-rms", (7, 1), bias=False, norm="rms", dropout_p=0.2, seed=0),
+    _add_layer_norm_case("wide-residual", (9, 50), wide=("residual",)),
+    _add_layer_norm_case("wide-parameters", (9, 50), wide=("weight", "bias")),
+    _add_layer_norm_case(
+        "wide-dropout", (9, 50), wide=("residual", "bias"), weight=False, dropout_p=0.2, seed=5
+    ),
 )
 
 

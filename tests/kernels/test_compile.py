@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from leedl_fast.kernels import (
     add_layer_norm,
+    add_layer_norm_backward,
     attention,
     attention_backward,
     attention_tiles,
@@ -88,14 +89,23 @@ def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
     return launch
 
 
-def _add_layer_norm(dtype: torch.dtype, n: int) -> Launch:
-    x, weight = torch.empty(64, n, dtype=dtype), torch.empty(n, dtype=dtype)
+def _add_layer_norm(
+    dtype: torch.dtype, n: int, residual_dtype: torch.dtype | None = None, dropout_p: float = 0.0
+) -> Launch:
+    x, residual = torch.empty(64, n, dtype=dtype), torch.empty(64, n, dtype=residual_dtype or dtype)
+    weight = torch.empty(n, dtype=dtype)
+    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    options = {"eps": 1e-5, "is_rms": False}
 
     def launch() -> None:
-        add_layer_norm.forward(x, x, x, x, weight, weight, eps=1e-5, is_rms=False)
-        add_layer_norm.backward(
-            x, weight, weight, x, x, x, weight, rows=64, n=n, eps=1e-5, is_rms=False
+        add_layer_norm.forward(
+            *(x, residual, x, residual, weight, weight, seed), **options, dropout_p=dropout_p
         )
+        add_layer_norm_backward.backward(
+            *(residual, weight, weight, x, residual, residual, weight), rows=64, n=n, **options
+        )
+        if seed is not None:
+            add_layer_norm.dropout_backward(x, residual, seed, rows=64, n=n, dropout_p=dropout_p)
 
     return launch
 
@@ -149,6 +159,17 @@ CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
+    (
+        "add_layer_norm-bfloat16-float32-1024-dropout",
+        _add_layer_norm(bfloat16, 1024, float32, 0.1),
+        tuple(TARGETS),
+    ),
+    ("add_layer_norm-float32-8192-dropout", _add_layer_norm(float32, 8192, None, 0.1), ("sm_90",)),
+    (
+        "add_layer_norm-bfloat16-40000-dropout",
+        _add_layer_norm(bfloat16, 40000, None, 0.1),
+        ("sm_90",),
+    ),
     ("add_layer_norm-bfloat16-40000", _add_layer_norm(bfloat16, 40000), tuple(TARGETS)),
     ("linear_cross_entropy-bfloat16-100", _linear_cross_entropy(bfloat16, 100), tuple(TARGETS)),
     ("linear_cross_entropy-float32-30522", _linear_cross_entropy(float32, 30522), tuple(TARGETS)),
@@ -178,6 +199,6 @@ def test_kernels_compile_without_spills(launch: Launch, target: str, tmp_path: P
 def test_spills_are_seen(tmp_path: Path) -> None:
     """The check above finds the spills of rows too long for the registers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(add_layer_norm, "_MAX_FORWARD_N", 32768)
+        patch.setattr(add_layer_norm, "_MAX_N", 32768)
         kernels = _compile(TARGETS["sm_90"], _add_layer_norm(float32, 32768))
     assert _spilled(kernels[0], tmp_path) > 0

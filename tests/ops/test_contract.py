@@ -42,6 +42,10 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
         lambda *x: attention(*x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"),
     ),
     "layer_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, backend="cpu")),
+    "layer_norm-dropout": (
+        LAYER_NORM,
+        lambda *x: add_layer_norm(*x, dropout_p=0.4, seed=3, backend="cpu"),
+    ),
     "rms_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, norm="rms", backend="cpu")),
     "add_noise": (
         IMAGES[:1],
@@ -142,8 +146,9 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
             *(out, lse, q, k, v, None, None, None, lengths, None, None, None, out, lse, lse + 1),
             *options,
         ),
-        "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
+        "add_layer_norm_forward": (x, residual, weight, bias, SEEDS[:1], 1e-5, "layer", 0.3),
         "add_layer_norm_backward": (*(x, residual, x, weight, bias, 1e-5, "layer"),),
+        "add_layer_norm_dropout_backward": (x, SEEDS[:1], torch.bfloat16, 0.3),
         "diffusion_randn": (SEEDS, (2, 5), torch.float32),
         "diffusion_add_noise": (sample, None, two, SEEDS),
         "diffusion_noise_prediction_loss_forward": (model_output, sample, None, two, SEEDS),
