@@ -92,8 +92,8 @@ class TransformerEncoderLayer(nn.Module):
         if self.norm_first:
             branch, residual = self.forward_residual(x, None, key_lengths=key_lengths)
             return residual + branch
-        x, _ = self.norm1(self._attention(x, key_lengths), x)
-        x, _ = self.norm2(self._feed_forward(x), x)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths), x, self.dropout1)
+        x, _ = self.norm2(self._feed_forward(x), x, self.dropout2)
         return x
 
     def forward_residual(
@@ -101,16 +101,12 @@ class TransformerEncoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self._attention(normed, key_lengths)
-        normed, residual = self.norm2(branch, residual)
-        return self._feed_forward(normed), residual
-
-    def _attention(self, x: Tensor, key_lengths: Tensor | None) -> Tensor:
-        return self.dropout1(self.self_attn(x, key_lengths=key_lengths))
+        branch = self.self_attn(normed, key_lengths=key_lengths)
+        normed, residual = self.norm2(branch, residual, self.dropout1)
+        return self.dropout2(self._feed_forward(normed)), residual
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
-        return self.dropout2(hidden)
+        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -187,9 +183,10 @@ class TransformerDecoderLayer(nn.Module):
                 x, None, memory, key_lengths=key_lengths, memory_lengths=memory_lengths
             )
             return residual + branch
-        x, _ = self.norm1(self._self_attention(x, key_lengths), x)
-        x, _ = self.norm2(self._cross_attention(x, memory, memory_lengths), x)
-        x, _ = self.norm3(self._feed_forward(x), x)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths), x, self.dropout1)
+        branch = self.multihead_attn(x, memory, key_lengths=memory_lengths)
+        x, _ = self.norm2(branch, x, self.dropout2)
+        x, _ = self.norm3(self._feed_forward(x), x, self.dropout3)
         return x
 
     def forward_residual(
@@ -203,21 +200,14 @@ class TransformerDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self._self_attention(normed, key_lengths)
-        normed, residual = self.norm2(branch, residual)
-        branch = self._cross_attention(normed, memory, memory_lengths)
-        normed, residual = self.norm3(branch, residual)
-        return self._feed_forward(normed), residual
-
-    def _self_attention(self, x: Tensor, key_lengths: Tensor | None) -> Tensor:
-        return self.dropout1(self.self_attn(x, key_lengths=key_lengths))
-
-    def _cross_attention(self, x: Tensor, memory: Tensor, memory_lengths: Tensor | None) -> Tensor:
-        return self.dropout2(self.multihead_attn(x, memory, key_lengths=memory_lengths))
+        branch = self.self_attn(normed, key_lengths=key_lengths)
+        normed, residual = self.norm2(branch, residual, self.dropout1)
+        branch = self.multihead_attn(normed, memory, key_lengths=memory_lengths)
+        normed, residual = self.norm3(branch, residual, self.dropout2)
+        return self.dropout3(self._feed_forward(normed)), residual
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
-        return self.dropout3(hidden)
+        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
 class _Stack(nn.Module):
