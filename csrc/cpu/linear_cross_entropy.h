@@ -140,6 +140,15 @@ struct Partial {
   T* dbias;    // [classes]
 };
 
+// One chunk of one group.
+template <typename T>
+struct Work {
+  Chunk chunk;
+  bool first;  // of the group's chunks
+  const ChunkMemory<T>& memory;
+  const Partial<T>& partial;
+};
+
 // The memory of one thread.
 template <typename T>
 struct Scratch {
