@@ -27,6 +27,7 @@ namespace {
 
 constexpr int64_t kSerialElements = 65536;  // smaller problems are done before a second thread has woken up
 constexpr int kRowsTogether = 4;
+constexpr int64_t kStreamedBytes = 32 << 20;  // of an output: as large as all caches together
 
 // Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements. Rows are of any dtype that
 // is computed in A.
@@ -41,6 +42,10 @@ struct Whole {
   void store(Vec<A> v, T* row) const {
     v.store(row + j);
   }
+  template <typename T>
+  void stream(Vec<A> v, T* row) const {
+    v.stream(row + j);
+  }
   Vec<A> keep(Vec<A> v) const { return v; }
 };
 
@@ -54,6 +59,10 @@ struct Rest {
   template <typename T>
   void store(Vec<A> v, T* row) const {
     v.store_first(row + j, count);
+  }
+  template <typename T>
+  void stream(Vec<A> v, T* row) const {
+    store(v, row);
   }
   Vec<A> keep(Vec<A> v) const { return keep_lanes(0, count, v, Vec<A>::zero()); }  // zeros beyond the row's end
 };
@@ -140,13 +149,14 @@ struct Forward {
   A eps;
   bool rms;
   const Branch<A>* dropout;  // or null
+  bool streams;  // outputs go past the caches
 
-  // factors: [kRows][n], written and read with dropout alone.
+  // factors: [kRows][n], with dropout alone; sums: [kRows][n], where outputs are streamed.
   template <int kRows>
-  void run(int64_t first_row, A* factors) const {
+  void run(int64_t first_row, A* factors, R* sums) const {
     const X* const x_rows = x + first_row * x_row_stride;
     const R* const residual_rows = residual + first_row * residual_row_stride;
-    R* const summed_rows = summed + first_row * n;
+    R* const summed_rows = streams ? sums : summed + first_row * n;
     A totals[kRows];
     const auto add = [&](const auto& branch) {
       row_sums<A, kRows>(n, totals, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
@@ -169,6 +179,16 @@ struct Forward {
     const Statistics<A, kRows> statistics(totals, summed_rows, n, eps, rms);
     const auto write = [&](const auto& affine) {
       X* const normed_rows = normed + first_row * n;
+      if (streams) {
+        for_each_vector<A>(0, n, [=, &affine, to = summed + first_row * n, stride = n](auto at) {
+          for (int i = 0; i < kRows; ++i) {
+            const V sum = at.load(summed_rows + i * stride);
+            at.stream(sum, to + i * stride);
+            at.stream(affine(at, statistics.normalize(i, sum)), normed_rows + i * stride);
+          }
+        });
+        return;
+      }
       for_each_vector<A>(0, n, [=, &affine, stride = n](auto at) {
         for (int i = 0; i < kRows; ++i) {
           const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
@@ -310,6 +330,11 @@ void dispatch_pair(int dtype, int residual_dtype, const Body& body) {
   });
 }
 
+// Whether outputs are so large that nobody finds them in a cache, and all their vectors aligned.
+bool streams(std::uintptr_t normed, std::uintptr_t summed, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes && (normed | summed | static_cast<std::uintptr_t>(row_bytes)) % 64 == 0;
+}
+
 void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
                             std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
                             std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
@@ -323,18 +348,23 @@ void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, 
     const Branch<A> dropout(dropout_p, seed != 0 ? *pointer<const uint64_t>(seed) : 0);
     const Forward<X, R> forward = {pointer<X>(normed), pointer<R>(summed), pointer<const X>(x),
                                    pointer<const R>(residual), weights.data(), biases.data(), n, x_row_stride,
-                                   residual_row_stride, static_cast<A>(eps), rms, seed != 0 ? &dropout : nullptr};
+                                   residual_row_stride, static_cast<A>(eps), rms, seed != 0 ? &dropout : nullptr,
+                                   streams(normed, summed, rows, n * static_cast<int64_t>(sizeof(X)))};
     advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(X)));
     advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
     const int64_t factors = seed != 0 ? round_up(kRowsTogether * n, 64) : 0;
     const Buffer<A> memory = seed != 0 ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
+    const int64_t sums = forward.streams ? kRowsTogether * n : 0;
+    const Buffer<R> sums_memory = forward.streams ? allocate<R>(std::max(num_threads, 1) * sums) : nullptr;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
     for (int64_t block = 0; block < blocks; ++block) {
       A* const own_factors = memory.get() + omp_get_thread_num() * factors;
+      R* const own_sums = sums_memory.get() + omp_get_thread_num() * sums;
       for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-        forward.template run<decltype(together)::value>(row, own_factors);
+        forward.template run<decltype(together)::value>(row, own_factors, own_sums);
       });
+      if (forward.streams) end_streams();
     }
   });
 }

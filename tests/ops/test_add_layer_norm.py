@@ -45,6 +45,22 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
 
 
 @ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_outputs_too_large_for_the_caches_are_the_same(
+    isa: str, dtype: torch.dtype, dropout_p: float
+) -> None:
+    x = torch.randn(16387, 1024, dtype=dtype)
+    options = {"dropout_p": dropout_p, "seed": 3, "backend": "cpu"}
+    with cpu.use_isa(isa):
+        whole = add_layer_norm(x, x, **options)
+        half = add_layer_norm(x[:5001], x[:5001], **options)
+    for first, second in zip(whole, half, strict=True):
+        assert torch.equal(first[:5001], second)
+    assert all(output[-1].isfinite().all() for output in whole)
+
+
+@ISA
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_two_byte_numbers_are_read_exactly_and_rounded_to_nearest_even(
     isa: str, dtype: torch.dtype
