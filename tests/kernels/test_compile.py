@@ -148,7 +148,7 @@ CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
     ("additive_attention-bfloat16-64", _additive_attention(bfloat16, 64), tuple(TARGETS)),
-    ("additive_attention-float32-128", _additive_attention(float32, 128), ("sm_90",)),
+    ("additive_attention-float32-64", _additive_attention(float32, 64), ("sm_90",)),
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
     ("add_layer_norm-bfloat16-40000", _add_layer_norm(bfloat16, 40000), tuple(TARGETS)),
