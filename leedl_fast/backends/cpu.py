@@ -189,6 +189,56 @@ def _attention_backward(
     )
 
 
+def _additive_attention_forward(
+    problem: Any,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_weight: Tensor,
+    key_lengths: Tensor | None,
+) -> None:
+    _kernel("additive_attention_forward")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (out, row_max, row_sum, q, k, v, score_weight, key_lengths)),
+        problem[:7],
+        _strides(out, q, k, v),
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
+def _additive_attention_backward(
+    problem: Any,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dscore_weight: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_weight: Tensor,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+) -> None:
+    _kernel("additive_attention_backward")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (dq, dk, dv, dscore_weight, dout, q, k, v, score_weight, key_lengths)),
+        *map(_pointer, (out, row_max, row_sum)),
+        problem[:7],
+        _strides(dq, dk, dv, dout, q, k, v, out),
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
 def _add_layer_norm_forward(
     problem: Any,
     normed: Tensor,
@@ -409,6 +459,14 @@ TABLE = MappingProxyType(
             "cpu",
             _attention_unsupported,
             {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+        ),
+        "additive_attention": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "additive_attention_forward": _additive_attention_forward,
+                "additive_attention_backward": _additive_attention_backward,
+            },
         ),
         "add_layer_norm": Implementation(
             "cpu",

@@ -142,6 +142,29 @@ def _attention_options(problem: Any) -> dict[str, Any]:
     }
 
 
+@_on_its_device
+def _additive_attention_forward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import additive_attention
+
+    additive_attention.forward(
+        *tensors, window_left=problem.window_left, window_right=problem.window_right
+    )
+
+
+@_on_its_device
+def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import additive_attention
+
+    *gradients_and_inputs, _, row_max, row_sum = tensors
+    additive_attention.backward(
+        *gradients_and_inputs,
+        row_max,
+        row_sum,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+    )
+
+
 def _rows(x: Tensor, rows: int, n: int) -> Tensor:
     """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
     x = x.reshape(rows, n)
@@ -313,6 +336,14 @@ TABLE = MappingProxyType(
             "triton",
             _attention_unsupported,
             {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+        ),
+        "additive_attention": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "additive_attention_forward": _additive_attention_forward,
+                "additive_attention_backward": _additive_attention_backward,
+            },
         ),
         "add_layer_norm": Implementation(
             "triton",

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from leedl_fast.kernels import (
     add_layer_norm,
     add_layer_norm_backward,
+    additive_attention,
     attention,
     attention_backward,
     attention_tiles,
@@ -85,6 +86,22 @@ def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
     def launch() -> None:
         attention.forward(q, rows, rows, rows, q, k, k, lengths, **options)
         attention_backward.backward(q, k, k, q, rows, q, k, k, lengths, q, rows, rows, **options)
+
+    return launch
+
+
+def _additive_attention(dtype: torch.dtype, head_dim: int) -> Launch:
+    q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
+    weight, dweight = torch.empty(4, head_dim, dtype=dtype), torch.empty(4, head_dim)
+    rows, lengths = torch.empty(2, 4, 1024), torch.empty(2, dtype=torch.int64)
+    options = {"window_left": 128, "window_right": 0}
+
+    def launch() -> None:
+        additive_attention.forward(q, rows, rows, q, k, k, weight, lengths, **options)
+        additive_attention.backward(
+            *(q, k, k, dweight, q, q, k, k, weight, lengths, rows, rows), **options
+        )
 
     return launch
 
@@ -157,6 +174,8 @@ CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-bfloat16-64", _attention(bfloat16, 64), tuple(TARGETS)),
     ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
+    ("additive_attention-bfloat16-64", _additive_attention(bfloat16, 64), tuple(TARGETS)),
+    ("additive_attention-float32-64", _additive_attention(float32, 64), ("sm_90",)),
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
     (

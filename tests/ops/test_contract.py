@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import leedl_fast
-from leedl_fast import add_layer_norm, attention, diffusion, linear_cross_entropy, use_backend
+from leedl_fast import (
+    add_layer_norm,
+    additive_attention,
+    attention,
+    diffusion,
+    linear_cross_entropy,
+    use_backend,
+)
 from leedl_fast.backends import select
 from leedl_fast.ops.contract import OPERATORS
 from leedl_fast.testing.compare import poisoned_outputs
@@ -40,6 +47,16 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
     "attention-key-lengths": (
         QKV,
         lambda *x: attention(*x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"),
+    ),
+    "additive_attention": (
+        (*QKV, (3,)),
+        lambda *x: additive_attention(*x, window=(3, 2), backend="cpu"),
+    ),
+    "additive_attention-key-lengths": (
+        (*QKV, (4, 3)),
+        lambda *x: additive_attention(
+            *x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"
+        ),
     ),
     "layer_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, backend="cpu")),
     "layer_norm-dropout": (
@@ -129,6 +146,7 @@ def test_compiles_to_one_graph(name: str, dynamic: bool) -> None:
 def _operator_inputs(name: str, grad: bool) -> tuple:
     """Arguments of the operator `name`, float32, with the backend last."""
     q, k, v = (x.detach().requires_grad_(grad) for x in _randn(*QKV, dtype=torch.float32))
+    (score_weight,) = (x.detach().requires_grad_(grad) for x in _randn((4, 3), dtype=torch.float32))
     x, residual, weight, bias = (
         x.detach().requires_grad_(grad) for x in _randn(*LAYER_NORM, dtype=torch.float32)
     )
@@ -145,6 +163,11 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
         "attention_backward": (
             *(out, lse, q, k, v, None, None, None, lengths, None, None, None, out, lse, lse + 1),
             *options,
+        ),
+        "additive_attention_forward": (q, k, v, score_weight, lengths, 3, 2),
+        "additive_attention_backward": (
+            *(out, q, k, v, score_weight, lengths, out, lse, lse + 1),
+            *(3, 2),
         ),
         "add_layer_norm_forward": (x, residual, weight, bias, SEEDS[:1], 1e-5, "layer", 0.3),
         "add_layer_norm_backward": (*(x, residual, x, weight, bias, 1e-5, "layer"),),
