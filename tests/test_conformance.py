@@ -16,7 +16,6 @@ from leedl_fast.testing.compare import (
 from leedl_fast.testing.samples import CASES, Case
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-WITHOUT_TWO_BYTE_DTYPES = ("attention",)  # ops whose CPU kernels do not take them yet
 
 
 @cache
@@ -44,10 +43,6 @@ def test_every_instruction_set_was_built() -> None:
 @pytest.mark.parametrize("isa", cpu.modules())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conformance(case: Case, isa: str, dtype: torch.dtype) -> None:
-    if case.op in WITHOUT_TWO_BYTE_DTYPES and dtype.itemsize == 2:
-        with pytest.raises(NotImplementedError, match="cpu: takes float32 and float64, got"):
-            outputs_and_gradients(case, dtype, "cpu")
-        return
     expected, allowed = _expected(case, dtype), _allowed(case, dtype)
     with cpu.use_isa(isa), poisoned_outputs() as ran:
         actual = outputs_and_gradients(case, dtype, "cpu")

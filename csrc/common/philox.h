@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LEEDL_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define LEEDL_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace leedl {
 

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
 
 #include "attention.h"
 #include "bindings.h"
@@ -16,48 +17,73 @@ using Sizes = std::array<int64_t, 7>;
 // (batch, head, seq) strides of each tensor, in elements.
 template <size_t kTensors>
 using Strides = std::array<int64_t, 3 * kTensors>;
+using Pointers = std::array<std::uintptr_t, 7>;  // bias sinks alibi_slopes key_lengths cu_seqlens_q cu_seqlens_k seed
+// num_threads, num_sequences, softmax_scale, window_left, window_right, normalizer, softcap, dropout_p, and the strides
+// of bias along (batch, head, query) and of alibi_slopes along samples
+using Options =
+    std::tuple<int, int64_t, double, int64_t, int64_t, int, double, double, std::array<int64_t, 3>, int64_t>;
 
 template <typename T, size_t kSize>
 HeadTensor<T> head_tensor(std::uintptr_t data, const std::array<int64_t, kSize>& strides, size_t index) {
-  return {reinterpret_cast<T*>(data), strides[3 * index], strides[3 * index + 1], strides[3 * index + 2]};
+  return {pointer<T>(data), strides[3 * index], strides[3 * index + 1], strides[3 * index + 2]};
 }
 
-AttentionOptions make_options(std::uintptr_t key_lengths, const Sizes& s, double softmax_scale, int64_t window_left,
-                              int64_t window_right, int num_threads) {
+AttentionOptions make_options(const Sizes& s, const Pointers& pointers, const Options& options) {
+  const auto& [num_threads, num_sequences, softmax_scale, window_left, window_right, normalizer, softcap, dropout_p,
+               bias_strides, alibi_stride] = options;
   return {{s[0], s[1], s[2], s[3], s[4], s[5], s[6]},
-          reinterpret_cast<const int64_t*>(key_lengths),
+          pointer<const int64_t>(pointers[3]),
+          pointer<const int64_t>(pointers[4]),
+          pointer<const int64_t>(pointers[5]),
+          num_sequences,
           softmax_scale,
           window_left,
           window_right,
+          static_cast<Normalizer>(normalizer),
+          softcap,
+          dropout_p,
+          pointer<const int64_t>(pointers[6]),
           num_threads};
 }
 
+template <typename T>
+ScoreTerms<T> make_terms(const Pointers& pointers, const Options& options) {
+  const std::array<int64_t, 3>& strides = std::get<8>(options);
+  return {{pointer<const T>(pointers[0]), strides[0], strides[1], strides[2]},
+          pointer<const Accumulate<T>>(pointers[1]),
+          pointer<const Accumulate<T>>(pointers[2]),
+          std::get<9>(options)};
+}
+
 void forward(int dtype, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max, std::uintptr_t row_sum,
-             std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t key_lengths, const Sizes& sizes,
-             const Strides<4>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
-             int num_threads) {
-  dispatch_float(dtype, [&](auto tag) {
+             std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, const Pointers& pointers, const Sizes& sizes,
+             const Strides<4>& strides, const Options& options) {
+  dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    attention_forward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
-                          head_tensor<T>(out, strides, 0), pointer<T>(lse), pointer<T>(row_max), pointer<T>(row_sum),
+    using A = Accumulate<T>;
+    attention_forward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
+                          head_tensor<T>(out, strides, 0), pointer<A>(lse), pointer<A>(row_max), pointer<A>(row_sum),
                           head_tensor<const T>(q, strides, 1), head_tensor<const T>(k, strides, 2),
                           head_tensor<const T>(v, strides, 3)});
   });
 }
 
-void backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dout,
-              std::uintptr_t dlse, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, std::uintptr_t out,
-              std::uintptr_t row_max, std::uintptr_t row_sum, std::uintptr_t key_lengths, const Sizes& sizes,
-              const Strides<8>& strides, double softmax_scale, int64_t window_left, int64_t window_right,
-              int num_threads) {
-  dispatch_float(dtype, [&](auto tag) {
+void backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dbias,
+              std::uintptr_t dsinks, std::uintptr_t dout, std::uintptr_t dlse, std::uintptr_t q, std::uintptr_t k,
+              std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max, std::uintptr_t row_sum,
+              const Pointers& pointers, const Sizes& sizes, const Strides<8>& strides,
+              const std::array<int64_t, 4>& dbias_strides_and_size, const Options& options) {
+  dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    attention_backward<T>({make_options(key_lengths, sizes, softmax_scale, window_left, window_right, num_threads),
+    using A = Accumulate<T>;
+    const std::array<int64_t, 4>& d = dbias_strides_and_size;
+    attention_backward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
                            head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1),
-                           head_tensor<T>(dv, strides, 2), head_tensor<const T>(dout, strides, 3),
+                           head_tensor<T>(dv, strides, 2), {pointer<A>(dbias), d[0], d[1], d[2]}, d[3],
+                           pointer<A>(dsinks), head_tensor<const T>(dout, strides, 3),
                            head_tensor<const T>(q, strides, 4), head_tensor<const T>(k, strides, 5),
                            head_tensor<const T>(v, strides, 6), head_tensor<const T>(out, strides, 7),
-                           pointer<const T>(row_max), pointer<const T>(row_sum), pointer<const T>(dlse)});
+                           pointer<const A>(row_max), pointer<const A>(row_sum), pointer<const A>(dlse)});
   });
 }
 

@@ -6,9 +6,7 @@
 // Where a strip sees few keys one block holds them all, and nothing is ever rescaled. Strips begin at multiples of
 // kTileRows and blocks at positions that depend on the sizes of the problem alone, so how rows are divided into tasks
 // changes no result.
-#include <limits>
-
-#include "attention.h"
+#include "attention_output.h"
 
 namespace leedl {
 namespace {
@@ -23,15 +21,15 @@ constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than 
 // How a problem is cut into tasks and blocks.
 struct Plan {
   bool single_pass;
-  int64_t task_rows, chunks, tasks;  // tasks = batch * num_heads_k * chunks
-  int64_t block_keys;                // keys that one block holds at most
-  int64_t panels_v;                  // vector panels of a row of values
+  int64_t task_rows, chunks;
+  int64_t tasks, blocks;  // of one sample: num_heads_k * chunks, and none
+  int64_t block_keys;     // keys that one block holds at most
+  int64_t panels_v;       // vector panels of a row of values
 
-  template <typename T>
-  static Plan make(const AttentionOptions& options) {
+  template <typename T, typename E>
+  static Plan make(const AttentionOptions& options, const AttentionSizes& s) {
     const int64_t threads = std::max(options.num_threads, 1);
-    constexpr int64_t kLanes = Vec<T>::kSize;
-    const AttentionSizes& s = options.sizes;
+    constexpr int64_t kLanes = Vec<Accumulate<T>>::kSize;
     Plan plan;
     plan.panels_v = (s.head_dim_v + kLanes - 1) / kLanes;
     const int64_t span = options.window_left + options.window_right;
@@ -45,51 +43,53 @@ struct Plan {
     const int64_t task_strips = std::min({wanted_strips, max_strips, std::max<int64_t>(strips, 1)});
     plan.task_rows = task_strips * kTileRows;
     plan.chunks = (strips + task_strips - 1) / task_strips;
-    plan.tasks = s.batch * s.num_heads_k * plan.chunks;
+    plan.tasks = s.num_heads_k * plan.chunks;
+    plan.blocks = 0;
 
     if (plan.single_pass) {
       plan.block_keys = round_up(std::min(plan.task_rows + span + kLanes, s.seqlen_k), kLanes);
     } else {
-      const int64_t fitting = kPackedBytes / static_cast<int64_t>(sizeof(T)) / (s.head_dim + plan.panels_v * kLanes);
+      const int64_t bytes = static_cast<int64_t>(sizeof(E)) * (s.head_dim + plan.panels_v * kLanes);
+      const int64_t fitting = kPackedBytes * Operand<E>::kDepth / bytes;
       plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, 512), 64);
     }
     return plan;
   }
 };
 
-// The memory of one thread.
-template <typename T>
+// The memory of one thread. E is what operands hold, A what is summed; see Operand.
+template <typename E, typename A = typename Operand<E>::Sum>
 struct Scratch {
-  T* keys;     // [block_keys / W] panels of [head_dim][W]
-  T* values;   // [panels_v] panels of [block_keys][W]
-  T* queries;  // [kTileRows][kHeadPitch]
-  T* scores;   // [kTileRows][kScorePitch]
-  T* out;      // per strip [kTileRows][panels_v * W], not yet divided by the sum
-  T* row_max;  // per strip [kStripRows]
-  T* row_sum;  // per strip [kStripRows]
+  E* keys;           // [block_keys / W] panels of [depth(head_dim)][W]
+  E* values;         // [panels_v] panels of [depth(block_keys)][W]
+  E* queries;        // [kTileRows][kHeadPitch]
+  A* scores;         // [kTileRows][kScorePitch]
+  E* probabilities;  // the same; the scores themselves where E is A
+  A* out;            // per strip [kTileRows][panels_v * W], not yet divided by the sum
+  A* row_max;        // per strip [kStripRows]
+  A* row_sum;        // per strip [kStripRows]
+  A* factors;        // of dropout [kScorePitch]
+  int64_t bytes;
 
-  static int64_t strips(const AttentionSizes& s, const Plan& plan) {
-    return plan.single_pass ? 1 : s.group() * plan.task_rows / kTileRows;
+  Scratch(std::byte* base, const AttentionSizes& s, const Plan& plan) {
+    constexpr int64_t kLanes = Vec<A>::kSize;
+    const int64_t strips = plan.single_pass ? 1 : s.group() * plan.task_rows / kTileRows;
+    ByteArena arena(base);
+    arena.take(keys, plan.block_keys * depth_of<E>(s.head_dim));
+    arena.take(values, depth_of<E>(plan.block_keys) * plan.panels_v * kLanes);
+    arena.take(queries, kTileRows * kHeadPitch);
+    arena.take(scores, kTileRows * kScorePitch);
+    if constexpr (std::is_same_v<E, A>) {
+      probabilities = scores;
+    } else {
+      arena.take(probabilities, kTileRows * kScorePitch);
+    }
+    arena.take(out, strips * kTileRows * plan.panels_v * kLanes);
+    arena.take(row_max, strips * kStripRows);
+    arena.take(row_sum, strips * kStripRows);
+    arena.take(factors, kScorePitch);
+    bytes = arena.taken();
   }
-  static int64_t size(const AttentionSizes& s, const Plan& plan) {
-    Scratch unused(nullptr, s, plan);
-    return unused.size_;
-  }
-  Scratch(T* base, const AttentionSizes& s, const Plan& plan) {
-    constexpr int64_t kLanes = Vec<T>::kSize;
-    Arena<T> arena(base);
-    keys = arena.take(plan.block_keys * s.head_dim);
-    values = arena.take(plan.block_keys * plan.panels_v * kLanes);
-    queries = arena.take(kTileRows * kHeadPitch);
-    scores = arena.take(kTileRows * kScorePitch);
-    out = arena.take(strips(s, plan) * kTileRows * plan.panels_v * kLanes);
-    row_max = arena.take(strips(s, plan) * kStripRows);
-    row_sum = arena.take(strips(s, plan) * kStripRows);
-    size_ = arena.taken();
-  }
-
- private:
-  int64_t size_;
 };
 
 // Replaces the scores of a strip by exp2((score - maximum) * factor), where the maximum includes that of earlier
@@ -148,33 +148,42 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
   }
 }
 
-template <typename T>
+template <typename T, typename E>
 class ForwardTask {
  public:
-  ForwardTask(const AttentionForward<T>& args, const Plan& plan, T* base)
+  ForwardTask(const AttentionForward<T>& args, std::byte* base)
       : args_(args),
         sizes_(args.options.sizes),
-        plan_(plan),
-        scale_(args.options.softmax_scale),
-        scratch_(base, sizes_, plan) {}
+        scores_(args.options, args.terms),
+        writer_(args, scores_),
+        base_(base),
+        scratch_(nullptr, sizes_, Plan{}) {}
 
-  void run(int64_t batch, int64_t head_k, int64_t row_begin, int64_t row_end) {
-    batch_ = batch;
-    window_ = args_.options.window(batch);
+  // Task `index` of the sample whose problem is cut by `plan`. The last rows first: with a causal window they are the
+  // longest tasks.
+  void run(const Plan& plan, const Sample& sample, int64_t index) {
+    plan_ = plan;
+    scratch_ = Scratch<E>(base_, sizes_, plan);
+    sample_ = sample;
+    window_ = sample.window;
+    const int64_t row_begin = (plan.chunks - 1 - index / sizes_.num_heads_k) * plan.task_rows;
+    const int64_t row_end = std::min(row_begin + plan.task_rows, window_.seqlen_q);
+    const int64_t head_k = index % sizes_.num_heads_k;
     const int64_t key_begin = window_.key_begin(row_begin);
     const int64_t key_end = window_.key_end_of(row_end - 1);
     const int64_t first_head = head_k * sizes_.group();
     for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
       for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-        if (window_.key_begin(row) >= window_.key_end_of(last_row(row))) write_masked(head, row);
+        if (window_.key_begin(row) < window_.key_end_of(last_row(row))) continue;
+        for (int64_t r = row; r <= last_row(row); ++r) writer_.write_masked(sample_, head, r);
       }
     }
     int64_t begin = round_down(key_begin, plan_.single_pass ? kLanes : plan_.block_keys);
     for (; begin < key_end; begin += plan_.block_keys) {
       const int64_t end = std::min(begin + plan_.block_keys, key_end);
-      pack_transposed(scratch_.keys, args_.k.row(batch, head_k, begin), args_.k.seq_stride, end - begin,
+      pack_transposed(scratch_.keys, args_.k.key(sample_, head_k, begin), args_.k.seq_stride, end - begin,
                       sizes_.head_dim);
-      pack_panels(scratch_.values, plan_.block_keys * kLanes, args_.v.row(batch, head_k, begin), args_.v.seq_stride,
+      pack_panels(scratch_.values, panel_stride(), args_.v.key(sample_, head_k, begin), args_.v.seq_stride,
                   end - begin, sizes_.head_dim_v);
       for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
         for (int64_t row = row_begin; row < row_end; row += kTileRows) {
@@ -186,9 +195,12 @@ class ForwardTask {
   }
 
  private:
-  static constexpr int64_t kLanes = Vec<T>::kSize;
+  using A = Accumulate<T>;
+  static constexpr int64_t kLanes = Vec<A>::kSize;
+  static constexpr int64_t kDepth = Operand<E>::kDepth;
 
-  int64_t last_row(int64_t row) const { return std::min(row + kTileRows, sizes_.seqlen_q) - 1; }
+  int64_t last_row(int64_t row) const { return std::min(row + kTileRows, window_.seqlen_q) - 1; }
+  int64_t panel_stride() const { return depth_of<E>(plan_.block_keys) * kLanes; }
 
   // One strip of queries against the keys of one block that it sees.
   void strip(int64_t head, int64_t row, int64_t local, int64_t block_begin, int64_t block_end) {
@@ -199,139 +211,148 @@ class ForwardTask {
     const int64_t end = std::min(strip_end, block_end) - block_begin;
     if (begin >= end) return;
 
-    T* row_max = scratch_.row_max + local * kStripRows;
-    T* row_sum = scratch_.row_sum + local * kStripRows;
+    A* row_max = scratch_.row_max + local * kStripRows;
+    A* row_sum = scratch_.row_sum + local * kStripRows;
     const bool first = strip_begin >= block_begin;
-    if (first) {
-      std::fill(row_max, row_max + kStripRows, -std::numeric_limits<T>::infinity());
-      std::fill(row_sum, row_sum + kStripRows, T(0));
-    }
+    if (first) scores_.start(head, row_max, row_sum);
 
-    pack_rows<kTileRows, kHeadPitch>(scratch_.queries, args_.q.row(batch_, head, row), args_.q.seq_stride, rows,
-                                     sizes_.head_dim, scale_.sign);
+    pack_rows<kTileRows, kHeadPitch>(scratch_.queries, args_.q.query(sample_, head, row), args_.q.seq_stride, rows,
+                                     sizes_.head_dim, scores_.scale().sign);
     // Columns of the scores count from column_begin, a multiple of W, so that a strip uses the same few cache lines
     // always.
     const int64_t column_begin = round_down(begin, kLanes);
     const int64_t columns = round_up(end, kLanes) - column_begin;
-    T* scores = scratch_.scores;
-    score_tile(score_runs(rows), sizes_.head_dim, scratch_.queries, scratch_.keys + column_begin * sizes_.head_dim,
-               columns / kLanes, scores, kScorePitch);
+    const int64_t depth = depth_of<E>(sizes_.head_dim);
+    A* scores = scratch_.scores;
+    score_tile(score_runs(rows), depth, scratch_.queries, scratch_.keys + column_begin * depth, columns / kLanes, scores,
+               kScorePitch);
 
     const int64_t origin = block_begin + column_begin;
+    if (scores_.modified()) {
+      for (int64_t r = 0; r < rows; ++r) {
+        scores_.modify(sample_, head, row + r, origin, columns, scores + r * kScorePitch, nullptr);
+      }
+    }
     if (window_.key_begin(last_row(row)) > origin || window_.key_end_of(row) < origin + columns) {
       for (int64_t r = 0; r < rows; ++r) {
         mask_row(scores + r * kScorePitch, 0, columns, window_.key_begin(row + r) - origin,
-                 window_.key_end_of(row + r) - origin, -std::numeric_limits<T>::infinity());
+                 window_.key_end_of(row + r) - origin, -std::numeric_limits<A>::infinity());
       }
     }
 
-    alignas(64) T rescale[kStripRows];
-    softmax_rows(scores, columns, scale_.factor, row_max, row_sum, rescale);
+    alignas(64) A rescale[kStripRows];
+    if (scores_.softmax()) {
+      softmax_rows(scores, columns, scores_.scale().factor, row_max, row_sum, rescale);
+    } else {
+      std::fill_n(rescale, kStripRows, A(1));
+      for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kScorePitch, columns);
+    }
+    if (scores_.drops()) {
+      for (int64_t r = 0; r < rows; ++r) {
+        scores_.dropout_factors(sample_, head, row + r, origin, columns, scratch_.factors);
+        multiply_row(scores + r * kScorePitch, scratch_.factors, columns);
+      }
+    }
+    if constexpr (!std::is_same_v<E, A>) {
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        pack_row(scratch_.probabilities + r * kScorePitch, scores + r * kScorePitch, columns);
+      }
+    }
     add_values(local, begin - column_begin, begin, end, first, rescale);
     if (strip_end <= block_end) write(head, row, rows, local);
   }
 
   // out = out * rescale + P . V over the keys [begin, end) of the block, exactly: keys that no row sees may hold NaN.
-  void add_values(int64_t local, int64_t column, int64_t begin, int64_t end, bool first, const T* rescale) {
+  void add_values(int64_t local, int64_t column, int64_t begin, int64_t end, bool first, const A* rescale) {
     const int64_t pitch = plan_.panels_v * kLanes;
-    T* out = scratch_.out + local * kTileRows * pitch;
-    const T* p = scratch_.scores + column;
-    const T* values = scratch_.values + begin * kLanes;
+    A* out = scratch_.out + local * kTileRows * pitch;
+    const E* p = scratch_.probabilities + column / kDepth;
+    const E* values = scratch_.values + begin / kDepth * kLanes;
+    const int64_t depth = depth_of<E>(end) - begin / kDepth;
     using Layout = TileLayout<kScorePitch, 1>;
     if (first) {
       tile_rows<kTileRows, Layout>(
-          end - begin, p, values, plan_.block_keys * kLanes, plan_.panels_v,
-          [&](int64_t r, int64_t panel, Vec<T> value) { value.store(out + r * pitch + panel * kLanes); });
+          depth, p, values, panel_stride(), plan_.panels_v,
+          [&](int64_t r, int64_t panel, Vec<A> value) { value.store(out + r * pitch + panel * kLanes); });
     } else {
-      tile_rows<kTileRows, Layout>(end - begin, p, values, plan_.block_keys * kLanes, plan_.panels_v,
-                                   [&](int64_t r, int64_t panel, Vec<T> value) {
-                                     T* to = out + r * pitch + panel * kLanes;
-                                     mul_add(Vec<T>::load(to), Vec<T>::broadcast(rescale[r]), value).store(to);
+      tile_rows<kTileRows, Layout>(depth, p, values, panel_stride(), plan_.panels_v,
+                                   [&](int64_t r, int64_t panel, Vec<A> value) {
+                                     A* to = out + r * pitch + panel * kLanes;
+                                     mul_add(Vec<A>::load(to), Vec<A>::broadcast(rescale[r]), value).store(to);
                                    });
     }
   }
 
   void write(int64_t head, int64_t row, int64_t rows, int64_t local) {
     const int64_t pitch = plan_.panels_v * kLanes;
-    const T* row_max = scratch_.row_max + local * kStripRows;
-    const T* row_sum = scratch_.row_sum + local * kStripRows;
-    alignas(64) T inverse[kStripRows], logarithm[kStripRows];
+    const A* row_max = scratch_.row_max + local * kStripRows;
+    const A* row_sum = scratch_.row_sum + local * kStripRows;
+    alignas(64) A inverse[kStripRows], logarithm[kStripRows];
     for (int64_t r = 0; r < kStripRows; r += kLanes) {
-      const Vec<T> sum = Vec<T>::load(row_sum + r);
-      (Vec<T>::broadcast(1) / sum).store(inverse + r);
-      mul_add(Vec<T>::load(row_max + r), Vec<T>::broadcast(scale_.magnitude), log(sum)).store(logarithm + r);
+      const Vec<A> sum = Vec<A>::load(row_sum + r);
+      (Vec<A>::broadcast(scores_.kept()) / sum).store(inverse + r);
+      mul_add(Vec<A>::load(row_max + r), Vec<A>::broadcast(scores_.scale().lse_scale), log(sum)).store(logarithm + r);
     }
-    const T* from = scratch_.out + local * kTileRows * pitch;
+    const A* from = scratch_.out + local * kTileRows * pitch;
     for (int64_t r = 0; r < rows; ++r, from += pitch) {
       if (row_sum[r] == 0) {
-        write_masked_row(head, row + r);
-        continue;
+        writer_.write_masked(sample_, head, row + r);
+      } else {
+        writer_.write(sample_, head, row + r, from, inverse[r], logarithm[r], row_max[r], row_sum[r]);
       }
-      T* to = args_.out.row(batch_, head, row + r);
-      const Vec<T> factor = Vec<T>::broadcast(inverse[r]);
-      int64_t column = 0;
-      for (; column + kLanes <= sizes_.head_dim_v; column += kLanes)
-        (Vec<T>::load(from + column) * factor).store(to + column);
-      if (column < sizes_.head_dim_v)
-        (Vec<T>::load(from + column) * factor).store_first(to + column, sizes_.head_dim_v - column);
-      write_statistics(head, row + r, logarithm[r], row_max[r], row_sum[r]);
     }
-  }
-
-  void write_masked(int64_t head, int64_t row) {
-    for (int64_t r = row; r <= last_row(row); ++r) write_masked_row(head, r);
-  }
-
-  void write_masked_row(int64_t head, int64_t row) {
-    T* to = args_.out.row(batch_, head, row);
-    std::fill(to, to + sizes_.head_dim_v, T(0));
-    constexpr T kInfinity = std::numeric_limits<T>::infinity();
-    write_statistics(head, row, -kInfinity, kInfinity, T(1));
-  }
-
-  void write_statistics(int64_t head, int64_t row, T lse, T row_max, T row_sum) const {
-    const int64_t index = (batch_ * sizes_.num_heads + head) * sizes_.seqlen_q + row;
-    args_.lse[index] = lse;
-    args_.row_max[index] = row_max;
-    args_.row_sum[index] = row_sum;
   }
 
   const AttentionForward<T>& args_;
   const AttentionSizes& sizes_;
-  const Plan& plan_;
-  const ScoreScale<T> scale_;
-  Scratch<T> scratch_;
+  const Scores<T> scores_;
+  const RowWriter<T> writer_;
+  std::byte* const base_;
+  Scratch<E> scratch_;
+  Plan plan_;
+  Sample sample_;
   AttentionWindow window_;
-  int64_t batch_;
 };
+
+template <typename T, typename E>
+void forward(const AttentionForward<T>& args) {
+  const AttentionSizes& s = args.options.sizes;
+  const Segments<Plan> segments(args.options, [&](const AttentionSizes& sizes) {
+    return Plan::make<T, E>(args.options, sizes);
+  });
+  if (segments.tasks() == 0) return;
+  args.out.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim_v);
+  const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), segments.tasks()));
+  int64_t scratch_bytes = 0;
+  for (const Segment<Plan>& segment : segments) {
+    scratch_bytes = std::max(scratch_bytes, Scratch<E>(nullptr, s, segment.plan).bytes);
+  }
+  const Buffer<std::byte> memory = allocate<std::byte>(threads * scratch_bytes);
+
+#pragma omp parallel num_threads(threads)
+  {
+    ForwardTask<T, E> task(args, memory.get() + omp_get_thread_num() * scratch_bytes);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t index = 0; index < segments.tasks(); ++index) {
+      const Segment<Plan>& segment = segments.of_task(index);
+      const int64_t local = index - segment.first_task, heads = s.num_heads_k;
+      const int64_t chunk = local / (segment.samples * heads), pair = local % (segment.samples * heads);
+      task.run(segment.plan, args.options.sample(segment.first_sample + pair / heads), chunk * heads + pair % heads);
+    }
+  }
+}
 
 }  // namespace
 
 template <typename T>
 void attention_forward(const AttentionForward<T>& args) {
-  const AttentionSizes& s = args.options.sizes;
-  const Plan plan = Plan::make<T>(args.options);
-  if (plan.tasks == 0) return;
-  args.out.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim_v);
-  const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), plan.tasks));
-  const int64_t scratch_size = Scratch<T>::size(s, plan);
-  const Buffer<T> memory = allocate<T>(threads * scratch_size);
-
-#pragma omp parallel num_threads(threads)
-  {
-    ForwardTask<T> task(args, plan, memory.get() + omp_get_thread_num() * scratch_size);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t index = 0; index < plan.tasks; ++index) {
-      // The last rows first: with a causal window they are the longest tasks.
-      const int64_t chunk = plan.chunks - 1 - index / (s.batch * s.num_heads_k);
-      const int64_t pair = index % (s.batch * s.num_heads_k);
-      const int64_t row_begin = chunk * plan.task_rows;
-      task.run(pair / s.num_heads_k, pair % s.num_heads_k, row_begin, std::min(row_begin + plan.task_rows, s.seqlen_q));
-    }
-  }
+  if (attention_decodes(args.options)) return attention_decode(args);
+  dispatch_operand<T>([&](auto tag) { forward<T, typename decltype(tag)::Type>(args); });
 }
 
 template void attention_forward<float>(const AttentionForward<float>&);
 template void attention_forward<double>(const AttentionForward<double>&);
+template void attention_forward<BFloat16>(const AttentionForward<BFloat16>&);
+template void attention_forward<Float16>(const AttentionForward<Float16>&);
 
 }  // namespace leedl

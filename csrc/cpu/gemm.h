@@ -4,9 +4,13 @@
 // vectors of B. B comes in vector panels: panel p holds columns [p * W, (p + 1) * W), one vector after the other for
 // each k, so that every tile reads kVecs sequential streams whatever the width of the matrix and may begin at any
 // multiple of W.
+//
+// A and B hold float or double, or pairs of bfloat16 numbers: then one step along the depth takes two numbers, elements
+// 2k and 2k + 1, and C is float. (An AMX tile of B is 16 vectors of such a panel, as they lie.)
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "simd.h"
@@ -18,10 +22,68 @@ constexpr int64_t kTileVecs = 2;
 constexpr int64_t kTileRows = kVectorRegisters == 32 ? 14 : 6;
 
 // The longest sum of products in one accumulator where there is no fma.
-constexpr int64_t kTileRun = 128;
+constexpr int64_t kTileRun = 32;
 
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
+
+struct BFloat16Pair {
+  uint16_t bits[2];
+};
+
+// How a tile multiplies elements of type E: Sum is what it adds up in, kDepth how many numbers along the depth one
+// element holds.
+template <typename E>
+struct Operand {
+  using Sum = E;
+  static constexpr int64_t kDepth = 1;
+  static Vec<E> load(const E* p) { return Vec<E>::load(p); }
+  static Vec<E> broadcast(const E* p) { return Vec<E>::broadcast(*p); }
+  static Vec<E> multiply_add(Vec<E> a, Vec<E> b, Vec<E> c) { return mul_add(a, b, c); }
+};
+
+#if defined(__AVX512F__)
+constexpr bool kHasPairs = true;
+
+// The lanes are bits, not numbers. Assembly, since this module is compiled for processors without these instructions
+// too: whoever multiplies pairs has asked can_multiply_pairs() first.
+template <>
+struct Operand<BFloat16Pair> {
+  using Sum = float;
+  static constexpr int64_t kDepth = 2;
+  static Vec<float> load(const BFloat16Pair* p) {
+    Vec<float> bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
+  }
+  static Vec<float> broadcast(const BFloat16Pair* p) {
+    int32_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(bits))};
+  }
+  // c + a[2k] * b[2k] + a[2k + 1] * b[2k + 1]; subnormal numbers count as 0.
+  static Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c.lanes) : "v"(a.lanes), "v"(b.lanes));
+    return c;
+  }
+  // 2 W numbers, rounded to nearest even, as W pairs.
+  static Vec<float> pack(Vec<float> first, Vec<float> second) {
+    Vec<float> pairs;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pairs.lanes) : "v"(first.lanes), "v"(second.lanes));
+    return pairs;
+  }
+};
+
+inline bool can_multiply_pairs() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+// Elements of type E that hold `count` numbers along the depth.
+template <typename E>
+constexpr int64_t depth_of(int64_t count) {
+  return (count + Operand<E>::kDepth - 1) / Operand<E>::kDepth;
+}
 
 // Element (row, k) of A lies at a[row * kRowStride + k * kDepthStride]. Constants, so that they become displacements.
 template <int64_t kRowStride_, int64_t kDepthStride_>
@@ -31,13 +93,14 @@ struct TileLayout {
 };
 
 // One tile over depth steps from zero; hands every accumulator to epilogue(row, vec, value).
-template <int64_t kRows, int64_t kVecs, typename Layout, typename T, typename Epilogue>
-inline __attribute__((always_inline)) void tile(int64_t depth, const T* __restrict__ a, const T* __restrict__ b,
+template <int64_t kRows, int64_t kVecs, typename Layout, typename E, typename Epilogue>
+inline __attribute__((always_inline)) void tile(int64_t depth, const E* __restrict__ a, const E* __restrict__ b,
                                                 int64_t panel_stride, const Epilogue& epilogue) {
+  using T = typename Operand<E>::Sum;
   Vec<T> acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int64_t row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = Vec<T>::zero();
   }
   [[maybe_unused]] Vec<T> totals[kRows][kVecs] = {};
@@ -54,20 +117,22 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* __restri
       }
     }
     Vec<T> columns[kVecs];
-#pragma GCC unroll 4
-    for (int64_t vec = 0; vec < kVecs; ++vec) columns[vec] = Vec<T>::load(b + vec * panel_stride);
+#pragma GCC unroll 8
+    for (int64_t vec = 0; vec < kVecs; ++vec) columns[vec] = Operand<E>::load(b + vec * panel_stride);
 #pragma GCC unroll 16
     for (int64_t row = 0; row < kRows; ++row) {
-      const Vec<T> broadcast = Vec<T>::broadcast(a[row * Layout::kRowStride]);
-#pragma GCC unroll 4
-      for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = mul_add(broadcast, columns[vec], acc[row][vec]);
+      const Vec<T> broadcast = Operand<E>::broadcast(a + row * Layout::kRowStride);
+#pragma GCC unroll 8
+      for (int64_t vec = 0; vec < kVecs; ++vec) {
+        acc[row][vec] = Operand<E>::multiply_add(broadcast, columns[vec], acc[row][vec]);
+      }
     }
     a += Layout::kDepthStride;
     b += Vec<T>::kSize;
   }
 #pragma GCC unroll 16
   for (int64_t row = 0; row < kRows; ++row) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int64_t vec = 0; vec < kVecs; ++vec) {
       if constexpr (!kHasFma) {
         if (depth > kTileRun) acc[row][vec] = totals[row][vec] + acc[row][vec];
@@ -78,12 +143,13 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const T* __restri
 }
 
 // kRows rows of C over all panels of B: epilogue(row, panel, value).
-template <int64_t kRows, typename Layout, typename T, typename Epilogue>
-inline void tile_rows(int64_t depth, const T* a, const T* b, int64_t panel_stride, int64_t panels,
+template <int64_t kRows, typename Layout, int64_t kVecs = kTileVecs, typename E, typename Epilogue>
+inline void tile_rows(int64_t depth, const E* a, const E* b, int64_t panel_stride, int64_t panels,
                       const Epilogue& epilogue) {
+  using T = typename Operand<E>::Sum;
   int64_t panel = 0;
-  for (; panel + kTileVecs <= panels; panel += kTileVecs) {
-    tile<kRows, kTileVecs, Layout>(depth, a, b + panel * panel_stride, panel_stride,
+  for (; panel + kVecs <= panels; panel += kVecs) {
+    tile<kRows, kVecs, Layout>(depth, a, b + panel * panel_stride, panel_stride,
                                    [&](int64_t row, int64_t vec, Vec<T> value) { epilogue(row, panel + vec, value); });
   }
   for (; panel < panels; ++panel) {
@@ -123,9 +189,9 @@ inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
 
 // B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k <
 // depth. Missing rows of the last panel are zeros.
-template <typename T>
-__attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const T* __restrict__ source, int64_t stride,
-                                               int64_t rows, int64_t depth) {
+template <typename T, typename Stored>
+__attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const Stored* __restrict__ source,
+                                               int64_t stride, int64_t rows, int64_t depth) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   for (int64_t row = 0; row < rows; row += kLanes) {
     const int64_t valid = rows - row < kLanes ? rows - row : kLanes;
@@ -152,14 +218,14 @@ __attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const T* 
 
 // B = source in panels: source is rows x columns, panel p holds its columns [p * W, (p + 1) * W), one vector per row.
 // Missing columns of the last panel are zeros.
-template <typename T, typename Source>
+template <typename T, typename Stored>
 __attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel_stride,
-                                           const Source* __restrict__ source,
-                                           int64_t stride, int64_t rows, int64_t columns) {
+                                           const Stored* __restrict__ source, int64_t stride, int64_t rows,
+                                           int64_t columns) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   const int64_t whole = columns / kLanes;
   for (int64_t row = 0; row < rows; ++row) {
-    const Source* from = source + row * stride;
+    const Stored* from = source + row * stride;
     T* to = panels + row * kLanes;
     for (int64_t panel = 0; panel < whole; ++panel)
       Vec<T>::load(from + panel * kLanes).store(to + panel * panel_stride);
@@ -170,14 +236,16 @@ __attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel
 }
 
 // A = source * scale, row after row with a constant pitch. Rows from `rows` to kRows are zeros.
-template <int64_t kRows, int64_t kPitch, typename T, typename Source>
-inline void pack_rows(T* __restrict__ a, const Source* __restrict__ source, int64_t stride, int64_t rows, int64_t columns,
-                      T scale) {
+template <int64_t kRows, int64_t kPitch, typename E, typename Stored>
+inline void pack_rows(E* __restrict__ a, const Stored* __restrict__ source, int64_t stride, int64_t rows,
+                      int64_t columns, typename Operand<E>::Sum scale) {
+  using T = typename Operand<E>::Sum;
+  using To = std::conditional_t<std::is_same_v<E, BFloat16Pair>, BFloat16, E>;  // pairs lie one after another
   constexpr int64_t kLanes = Vec<T>::kSize;
   const Vec<T> factor = Vec<T>::broadcast(scale);
   for (int64_t row = 0; row < kRows; ++row) {
-    T* to = a + row * kPitch;
-    const Source* from = source + row * stride;
+    To* to = reinterpret_cast<To*>(a + row * kPitch);
+    const Stored* from = source + row * stride;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = columns - column < kLanes ? columns - column : kLanes;
       Vec<T> value = Vec<T>::zero();
@@ -186,5 +254,83 @@ inline void pack_rows(T* __restrict__ a, const Source* __restrict__ source, int6
     }
   }
 }
+
+#if defined(__AVX512F__)
+
+namespace detail {
+
+inline __m512i first_halves(const BFloat16* p, int64_t n) {
+  return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
+}
+
+}  // namespace detail
+
+// pack_transposed for pairs: `depth` counts numbers, panels have depth_of<BFloat16Pair>(depth) vectors.
+__attribute__((noinline)) inline void pack_transposed(BFloat16Pair* __restrict__ panels,
+                                                      const BFloat16* __restrict__ source, int64_t stride,
+                                                      int64_t rows, int64_t depth) {
+  constexpr int64_t kLanes = Vec<float>::kSize;
+  const int64_t pairs = depth_of<BFloat16Pair>(depth);
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    for (int64_t k = 0; k < pairs; k += kLanes) {
+      Vec<float> block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const BFloat16* from = source + (row + i) * stride + 2 * k;
+        block[i] = row + i < rows ? Vec<float>{_mm512_castsi512_ps(detail::first_halves(from, depth - 2 * k))}
+                                  : Vec<float>::zero();
+      }
+      detail::transpose(block);
+      const int64_t width = pairs - k < kLanes ? pairs - k : kLanes;
+      for (int64_t i = 0; i < width; ++i) std::memcpy(panels + (k + i) * kLanes, &block[i], sizeof block[i]);
+    }
+    panels += pairs * kLanes;
+  }
+}
+
+// pack_panels for pairs: one vector for every two rows of the source, the last with zeros if it has a row too few.
+__attribute__((noinline)) inline void pack_panels(BFloat16Pair* __restrict__ panels, int64_t panel_stride,
+                                                  const BFloat16* __restrict__ source, int64_t stride, int64_t rows,
+                                                  int64_t columns) {
+  constexpr int64_t kLanes = Vec<float>::kSize;
+  for (int64_t row = 0; row < rows; row += 2) {
+    const BFloat16* from = source + row * stride;
+    BFloat16Pair* to = panels + row / 2 * kLanes;
+    for (int64_t column = 0; column < columns; column += kLanes, to += panel_stride) {
+      const auto mask = static_cast<__mmask16>(columns - column >= kLanes ? 0xffff : (1 << (columns - column)) - 1);
+      const auto second_mask = row + 1 < rows ? mask : __mmask16(0);
+      const __m512i first = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + column));
+      const __m512i second = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second_mask, from + stride + column));
+      const __m512i pairs = _mm512_or_si512(first, _mm512_slli_epi32(second, 16));
+      std::memcpy(to, &pairs, sizeof pairs);
+    }
+  }
+}
+
+// `columns` numbers, a multiple of W, rounded to pairs of neighbours.
+inline void pack_row(BFloat16Pair* __restrict__ a, const float* __restrict__ source, int64_t columns) {
+  constexpr int64_t kLanes = Vec<float>::kSize;
+  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
+    const bool last = column + kLanes == columns;
+    const Vec<float> second = last ? Vec<float>::zero() : Vec<float>::load(source + column + kLanes);
+    const Vec<float> pairs = Operand<BFloat16Pair>::pack(Vec<float>::load(source + column), second);
+    std::memcpy(a + column / 2, &pairs, sizeof pairs);
+  }
+}
+
+// Two rows of `columns` numbers each, a multiple of W, rounded to pairs of one number of each row.
+inline void pack_columns(BFloat16Pair* __restrict__ a, const float* __restrict__ first, const float* __restrict__ second,
+                         int64_t columns) {
+  constexpr int64_t kLanes = Vec<float>::kSize;
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    const __m512i halves = _mm512_castps_si512(
+        Operand<BFloat16Pair>::pack(Vec<float>::load(first + column), Vec<float>::load(second + column)).lanes);
+    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
+    const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    std::memcpy(a + column, &pairs, sizeof pairs);
+  }
+}
+
+#endif
 
 }  // namespace leedl

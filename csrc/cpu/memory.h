@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -41,6 +42,22 @@ class Arena {
 
  private:
   T* base_;
+  int64_t taken_ = 0;
+};
+
+// The same for parts of several types.
+class ByteArena {
+ public:
+  explicit ByteArena(std::byte* base) : base_(base) {}
+  template <typename T>
+  void take(T*& part, int64_t count) {
+    part = base_ == nullptr ? nullptr : reinterpret_cast<T*>(base_ + taken_);
+    taken_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+  }
+  int64_t taken() const { return taken_; }
+
+ private:
+  std::byte* base_;
   int64_t taken_ = 0;
 };
 

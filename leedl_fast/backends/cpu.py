@@ -108,10 +108,6 @@ def _attention_unsupported(problem: Any) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         sizes = f"{problem.head_dim} and {problem.head_dim_v}"
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
-    if problem.extras:
-        return f"does not take {', '.join(problem.extras)}"
-    if problem.dtype not in (torch.float32, torch.float64):
-        return f"takes float32 and float64, got {problem.dtype}"
     return _unsupported(problem)
 
 
@@ -122,6 +118,35 @@ def _pointer(tensor: Tensor | None) -> int:
 def _strides(*tensors: Tensor) -> tuple[int, ...]:
     """The strides of (batch, head, seqlen) of each tensor, one after another."""
     return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
+
+
+NORMALIZER_NUMBERS = {"softmax": 0, "relu": 1, "sigmoid": 2}  # as csrc/cpu/attention.h has them
+
+
+def _broadcast_strides(tensor: Tensor | None) -> tuple[int, ...]:
+    """The strides of (batch, head, query), 0 where one row serves all."""
+    if tensor is None or tensor.dim() != 4:
+        return (0, 0, 0)
+    sizes_and_strides = zip(tensor.shape[:3], tensor.stride()[:3], strict=True)
+    return tuple(0 if size == 1 else stride for size, stride in sizes_and_strides)
+
+
+def _attention_options(
+    problem: Any, bias: Tensor | None, alibi_slopes: Tensor | None
+) -> tuple[object, ...]:
+    by_sample = alibi_slopes is not None and alibi_slopes.dim() == 2
+    return (
+        torch.get_num_threads(),
+        problem.num_sequences or 0,
+        problem.softmax_scale,
+        problem.window_left,
+        problem.window_right,
+        NORMALIZER_NUMBERS[problem.normalizer],
+        problem.softcap or 0.0,
+        problem.dropout_p,
+        _broadcast_strides(bias),
+        problem.num_heads if by_sample else 0,
+    )
 
 
 def _attention_forward(
@@ -136,20 +161,15 @@ def _attention_forward(
     bias: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
+    *others: Tensor | None,  # key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ) -> None:
     _kernel("attention_forward")(
         DTYPE_NUMBERS[problem.dtype],
-        *map(_pointer, (out, lse, row_max, row_sum, q, k, v, key_lengths)),
+        *map(_pointer, (out, lse, row_max, row_sum, q, k, v)),
+        tuple(map(_pointer, (bias, sinks, alibi_slopes, *others))),
         problem[:7],
         _strides(out, q, k, v),
-        problem.softmax_scale,
-        problem.window_left,
-        problem.window_right,
-        torch.get_num_threads(),
+        _attention_options(problem, bias, alibi_slopes),
     )
 
 
@@ -176,16 +196,17 @@ def _attention_backward(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> None:
+    others = (key_lengths, cu_seqlens_q, cu_seqlens_k, seed)
+    wanted_dbias = dbias if problem.wants_dbias else None
     _kernel("attention_backward")(
         DTYPE_NUMBERS[problem.dtype],
-        *map(_pointer, (dq, dk, dv, dout, dlse, q, k, v)),
-        *map(_pointer, (out, row_max, row_sum, key_lengths)),
+        *map(_pointer, (dq, dk, dv, wanted_dbias, dsinks, dout, dlse, q, k, v)),
+        *map(_pointer, (out, row_max, row_sum)),
+        tuple(map(_pointer, (bias, sinks, alibi_slopes, *others))),
         problem[:7],
         _strides(dq, dk, dv, dout, q, k, v, out),
-        problem.softmax_scale,
-        problem.window_left,
-        problem.window_right,
-        torch.get_num_threads(),
+        (*_broadcast_strides(wanted_dbias), dbias.numel()),
+        _attention_options(problem, bias, alibi_slopes),
     )
 
 

@@ -165,7 +165,7 @@ ATTENTION_EXTRAS = (
     _case("sinks", 2, 4, 75, 32, heads_k=2, sinks=True, window=(20, 0)),
     _case("sinks-and-no-keys", 2, 2, 40, 16, sinks=True, key_lengths=(0, 40)),
     _case("dropout", 2, 2, 67, 32, dropout_p=0.3, seed=7, causal=True),
-    _case("dropout-one-query", 2, 4, 1, 64, seqlen_k=77, heads_k=2, dropout_p=0.5, seed=-1),
+    _case("dropout-one-query", 2, 4, 1, 32, seqlen_k=77, heads_k=2, dropout_p=0.5, seed=-1),
     _case("relu", 2, 2, 80, 32, normalizer="relu", window=(30, 30)),
     _case("relu-key-lengths", 2, 2, 50, 16, normalizer="relu", key_lengths=(0, 33)),
     _case("sigmoid", 2, 2, 80, 32, normalizer="sigmoid", causal=True),
@@ -178,6 +178,7 @@ ATTENTION_EXTRAS = (
     _case(
         *("everything", 2, 4, 91, 24),
         heads_k=2,
+        scale=0.7,
         seqlen_k=113,
         head_dim_v=40,
         bias=(2, 1, 91, 113),
@@ -192,6 +193,7 @@ ATTENTION_EXTRAS = (
     _case(
         *("packed-everything", 1, 4, 150, 16),
         heads_k=2,
+        scale=0.4,
         sinks=True,
         alibi_slopes=_SLOPES,
         softcap=3.0,
@@ -457,6 +459,7 @@ DIFFUSION = (
 
 CASES = (
     *ATTENTION,
+    *ATTENTION_EXTRAS,
     *ADDITIVE_ATTENTION,
     *ADD_LAYER_NORM,
     *DIFFUSION,
