@@ -1,6 +1,7 @@
 """Properties of attention that a comparison of numbers does not show, and its errors."""
 
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -53,6 +54,73 @@ def test_threads_and_runs_change_no_bit(isa: str, options: dict) -> None:
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
             assert torch.equal(first, second)
+
+
+def _same_bits_for_any_threads(isa: str, run: Callable[[], list[Tensor]]) -> None:
+    with cpu.use_isa(isa):
+        results = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            results.append(run())
+    for other in results[1:]:
+        for first, second in zip(results[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias_shape", [(2, 4, 300, 330), (1, 1, 300, 330), (1, 4, 1, 330)])
+def test_threads_change_no_bit_of_the_gradients_of_bias_and_sinks(
+    isa: str, dtype: torch.dtype, bias_shape: tuple[int, ...]
+) -> None:
+    tensors = _qkv(2, 4, 300, 330, 32, dtype=dtype)
+    bias = torch.randn(bias_shape, dtype=dtype, requires_grad=True)
+    sinks = torch.randn(4, requires_grad=True)
+
+    def run() -> list[Tensor]:
+        out = attention(
+            *tensors,
+            bias=bias,
+            sinks=sinks,
+            dropout_p=0.2,
+            seed=5,
+            window=(200, 100),
+            key_lengths=torch.tensor([330, 90]),
+            backend="cpu",
+        )
+        return [out, *torch.autograd.grad(out.float().square().sum(), [*tensors, bias, sinks])]
+
+    _same_bits_for_any_threads(isa, run)
+
+
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decoding_does_not_depend_on_threads_or_batch(isa: str, dtype: torch.dtype) -> None:
+    q, k, v = (x.detach() for x in _qkv(2, 4, 1, 5000, 40, dtype=dtype))
+
+    def run() -> list[Tensor]:
+        lengths = torch.tensor([5000, 1025])
+        return list(attention(q, k, v, key_lengths=lengths, return_lse=True, backend="cpu"))
+
+    _same_bits_for_any_threads(isa, run)
+    with cpu.use_isa(isa):
+        whole = run()[0]
+        first = attention(q[:1], k[:1], v[:1], key_lengths=torch.tensor([5000]), backend="cpu")
+        expected = attention(q.double(), k.double(), v.double(), backend="eager")
+    assert torch.equal(whole[:1], first)
+    torch.testing.assert_close(whole[:1].double(), expected[:1], rtol=2e-2, atol=2e-3)
+
+
+@ISA
+def test_a_sequence_does_not_depend_on_its_pack(isa: str) -> None:
+    q, k, v = (x.detach() for x in _qkv(1, 4, 700, 700, 32))
+    with cpu.use_isa(isa):
+        packed = attention(
+            q, k, v, causal=True, cu_seqlens_q=torch.tensor([0, 20, 620, 700]), backend="cpu"
+        )
+        for begin, end in ((20, 620), (620, 700)):
+            own = [x[:, :, begin:end] for x in (q, k, v)]
+            assert torch.equal(packed[:, :, begin:end], attention(*own, causal=True, backend="cpu"))
 
 
 @ISA
