@@ -55,7 +55,7 @@ def test_it_learns():
 
 
 def test_eager_and_fused_runs_have_one_loss_curve():
-    config = small(steps=30, width=64, learning_rate=4e-3)
+    config = small(steps=30, embed_dim=64, learning_rate=4e-3)
     eager = train(config, backend="eager", quiet=True)
     fused = train(config, backend="cpu", quiet=True)
     torch.testing.assert_close(
