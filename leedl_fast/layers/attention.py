@@ -191,8 +191,10 @@ class MultiHeadAttention(nn.Module):
         """Self-attention of `query`, or cross-attention when `key` (and `value`) are given.
 
         need_weights computes the weights a second time, in plain PyTorch: the fused kernels never
-        hold them. cache: of `new_cache()`, only without gradients: `query` holds the new tokens, and
-        sees those of earlier calls too. Cross-attention projects `key` in the first call alone.
+        hold them.
+
+        cache: of `new_cache()`, only without gradients: `query` holds the new tokens, and sees
+        those of earlier calls too. Cross-attention projects `key` in the first call alone.
         """
         q, k, v = self._heads(query, key, value, cache)
         dropout_p = self.dropout if self.training else 0.0
