@@ -7,21 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from leedl_fast.layers import MultiHeadAttention
-
-
-def attention_weights(
-    attention: MultiHeadAttention, query: Tensor, key: Tensor, key_lengths: Tensor
-) -> Tensor:
-    """What the fused kernels never store, made anew: (batch, num_heads, seqlen_q, seqlen_k).
-
-    For cross-attention without window; differentiable.
-    """
-    q, k, _ = attention.project_heads(query, key)
-    k = k.repeat_interleave(attention.num_heads // attention.num_heads_k, dim=1)
-    scores = q @ k.mT / math.sqrt(attention.head_dim)
-    return _hide(scores, key_lengths).softmax(dim=-1)
-
 
 def guided_attention_loss(
     weights: Tensor, query_lengths: Tensor, key_lengths: Tensor, *, sigma: float = 0.2

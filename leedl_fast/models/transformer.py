@@ -23,7 +23,7 @@ from leedl_fast.layers import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
-from leedl_fast.models.pointing import CopyAttention, attention_weights, guided_attention_loss
+from leedl_fast.models.pointing import CopyAttention, guided_attention_loss
 from leedl_fast.ops.linear_cross_entropy import linear_cross_entropy
 
 PAD, BEGIN, END = 0, 1, 2  # the first tokens of every vocabulary
@@ -241,7 +241,7 @@ class Transformer(nn.Module):
             self.decode(inputs, memory, source_lengths)
         finally:
             hook.remove()
-        return attention_weights(attention, queries[0], memory, source_lengths)
+        return attention.attention_weights(queries[0], memory, key_lengths=source_lengths)
 
     @torch.no_grad()
     def _scheduled(

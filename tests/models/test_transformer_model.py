@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from leedl_fast.models.decoding import decode
-from leedl_fast.models.pointing import CopyAttention, attention_weights, guided_attention_loss
+from leedl_fast.models.pointing import CopyAttention, guided_attention_loss
 from leedl_fast.models.transformer import BEGIN, END, Transformer, TransformerConfig
 
 VOCAB_SIZE = 13
@@ -279,19 +279,6 @@ def test_guided_attention_makes_attention_monotonic():
     before = off_diagonal(small())
     guided = off_diagonal(train(small(), reversals, 60, guided_attention=5.0))
     assert guided < 0.5 * before
-
-
-def test_attention_weights_are_those_of_the_layer():
-    model = small()
-    attention = model.decoder.layers[-1].multihead_attn
-    query, key = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
-    lengths = torch.tensor([7, 3])
-    weights = attention_weights(attention, query, key, lengths)
-    values = attention.project_heads(query, key)[2]
-    heads = (weights @ values).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(
-        attention.out_proj(heads), attention(query, key, key_lengths=lengths)
-    )
 
 
 def test_guided_attention_loss_is_the_formula():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from leedl_fast.data.text import CharacterVocabulary, digest, load_text, split_tokens
+from leedl_fast.data.text import CharacterVocabulary, digest, load_text
 from leedl_fast.models.bert import BERTConfig, BERTForPretraining, mask_tokens
 from leedl_fast.training.settings import Settings
 from leedl_fast.training.task import Goal, SampleOptions, Task, Variant
@@ -18,9 +19,19 @@ from leedl_fast.training.tasks.gpt import Text
 
 BLANK = "[MASK]"  # in a prompt
 NUM_SPECIAL = 3  # [CLS], [SEP], [MASK]: the tokens after the characters
+HELD_OUT = 0.1  # of the text, at its end
 NUM_VALIDATION_PASSAGES = 64
+NUM_EVALUATION_PASSAGES = 400
 EVALUATION_BATCH_SIZE = 32
 EVALUATION_SEED = 0  # the blanks are the same for every model
+
+# Before a sentence: the end of another one, or an empty line.
+_SENTENCE_END = re.compile(r"(?:[.!?:。！？]['\")]*\s*|\n\s*\n\s*)(?<=[\s。！？])(?=\S)")
+
+
+def sentence_begins(text: str) -> list[int]:
+    """The places where sentences begin, the text's own beginning first."""
+    return [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
 
 
 @dataclass(frozen=True)
@@ -44,8 +55,9 @@ class BERTSampleOptions(SampleOptions):
 
 
 class BERTTask(Task):
-    """Passages are cut anywhere into two halves of the same length, and half of them swapped. The
-    last tenth of the text is held out.
+    """A passage begins with a sentence and is cut in the middle, wherever that is; half of the
+    passages have their halves swapped. So order is learnt first from how sentences begin: halves of
+    passages cut anywhere, where only the seam tells, are not learnt in such a short training.
     """
 
     name = "bert"
@@ -69,6 +81,7 @@ class BERTTask(Task):
     )
 
     model: BERTForPretraining
+    settings: BERTSettings
 
     @classmethod
     def load_data(cls, settings: BERTSettings) -> Text:
@@ -85,8 +98,8 @@ class BERTTask(Task):
             len(self.vocabulary), len(self.vocabulary) + NUM_SPECIAL
         )
         config = self.model_config(vocab_size=len(self.vocabulary) + NUM_SPECIAL)
-        self.half = (config.max_length - NUM_SPECIAL) // 2
-        if self.half < 1:
+        self.half_length = (config.max_length - NUM_SPECIAL) // 2
+        if self.half_length < 1:
             raise ValueError(
                 f"max_length must be at least {NUM_SPECIAL + 2}, got {config.max_length}"
             )
@@ -94,15 +107,24 @@ class BERTTask(Task):
 
     def attach(self, data: Text) -> None:
         super().attach(data)
-        self.tokens = split_tokens(self.vocabulary.encode(data.text), 2 * self.half)
+        self.tokens = self.vocabulary.encode(data.text)
+        seqlen, border = 2 * self.half_length, int(len(data.text) * (1 - HELD_OUT))
+        begins = sentence_begins(data.text)
+        train = [begin for begin in begins if begin + seqlen <= border]
+        held_out = [begin for begin in begins if border <= begin <= len(data.text) - seqlen]
+        if not train or not held_out:
+            raise ValueError(
+                f"data must have sentences with {seqlen} characters from where they begin, in the "
+                f"first nine tenths and in the last, got {len(train)} and {len(held_out)}"
+            )
+        self.train_begins, self.held_out_begins = torch.tensor(train), torch.tensor(held_out)
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """tokens, targets, pair targets, segments."""
         settings = self.settings
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
-        num_places = len(self.tokens.train) - 2 * self.half
-        begins = torch.randint(num_places, (settings.batch_size, 1), generator=generator)
-        passages = self.tokens.train[begins + torch.arange(2 * self.half)]
+        chosen = torch.randint(len(self.train_begins), (settings.batch_size,), generator=generator)
+        passages = self._passages(self.train_begins[chosen])
         swapped = torch.rand(len(passages), generator=generator) < 0.5
         tokens, segments = self._pairs(passages, swapped)
         tokens, targets = mask_tokens(
@@ -134,12 +156,11 @@ class BERTTask(Task):
         """masked_accuracy: of characters, all of them behind [MASK]; order_accuracy: of passages,
         each in both orders.
         """
-        return self._evaluate(None)
+        return self._evaluate(NUM_EVALUATION_PASSAGES)
 
-    def _evaluate(self, limit: int | None) -> dict[str, float]:
-        held_out = self.tokens.validation
-        num_passages = len(held_out) // (2 * self.half)
-        passages = held_out[: num_passages * 2 * self.half].view(num_passages, -1)[:limit]
+    def _evaluate(self, limit: int) -> dict[str, float]:
+        step = max(1, len(self.held_out_begins) // limit)
+        passages = self._passages(self.held_out_begins[::step][:limit])
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         filled = blanks = ordered = 0
         for group in passages.split(EVALUATION_BATCH_SIZE):
@@ -157,6 +178,9 @@ class BERTTask(Task):
             "masked_accuracy": filled / max(1, blanks),
             "order_accuracy": ordered / (2 * len(passages)),
         }
+
+    def _passages(self, begins: Tensor) -> Tensor:
+        return self.tokens[begins[:, None] + torch.arange(2 * self.half_length)]
 
     def _pairs(self, passages: Tensor, swapped: Tensor) -> tuple[Tensor, Tensor]:
         """[CLS] half [SEP] half [SEP] of passages (batch, seqlen), and its segments."""
@@ -185,8 +209,10 @@ class BERTTask(Task):
         for part in parts[1:]:
             blank = torch.tensor([self.mask_token])
             tokens = torch.cat((tokens, blank, self.vocabulary.encode(part)))
-        if not 2 <= len(tokens) <= 2 * self.half:
-            raise ValueError(f"prompt must have 2 to {2 * self.half} characters, got {len(tokens)}")
+        if not 2 <= len(tokens) <= 2 * self.half_length:
+            raise ValueError(
+                f"prompt must have 2 to {2 * self.half_length} characters, got {len(tokens)}"
+            )
         pairs, segments = self._pairs(tokens[None], torch.tensor([False]))
         logits = self.inference_model(pairs.to(self.device), segments.to(self.device))[0].cpu()
         probabilities = logits[:, : len(self.vocabulary)].softmax(dim=-1)

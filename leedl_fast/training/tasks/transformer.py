@@ -36,7 +36,7 @@ class TransformerSettings(Settings):
     label_smoothing, sampling_probability, guided_attention: see Transformer.loss.
     """
 
-    steps: int = 1500
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup_steps: int = 100
@@ -92,6 +92,7 @@ class TransformerTask(Task):
     )
 
     model: Transformer
+    settings: TransformerSettings
 
     @classmethod
     def load_data(cls, settings: TransformerSettings) -> Pairs:
