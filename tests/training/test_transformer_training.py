@@ -53,7 +53,7 @@ def test_it_learns_to_translate(pairs, tmp_path):
 
 @pytest.mark.parametrize("variant", ["copying", "non-autoregressive"])
 def test_variants_train(pairs, variant):
-    run = configure("transformer", variant, data=pairs, steps=4, **TINY)
+    run = configure("transformer", variant, data=pairs, steps=12, warmup_steps=1, **TINY)
     result = train(run, quiet=True)
     assert result.losses[-1] < result.losses[0]
     assert translate(result.task, "no. 1").startswith("no. 1\n  -> ")
