@@ -57,6 +57,8 @@ def test_variants_train(pairs, variant):
     result = train(run, quiet=True)
     assert result.losses[-1] < result.losses[0]
     assert translate(result.task, "no. 1").startswith("no. 1\n  -> ")
+    outputs = result.task.outputs(result.task.batch(0))
+    assert outputs.shape[2] == len(result.task.vocabulary)
 
 
 def test_an_epoch_has_every_pair_once_sorted_by_length(pairs):

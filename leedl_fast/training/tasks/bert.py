@@ -38,8 +38,7 @@ def sentence_begins(text: str) -> list[int]:
 class BERTSettings(Settings):
     """mask_share: how many of the characters are chosen to be filled in."""
 
-    steps: int = 1500
-    batch_size: int = 16
+    steps: int = 900
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     mask_share: float = 0.15

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -16,7 +17,7 @@ from leedl_fast.data.split import split_indices
 from leedl_fast.data.subwords import SubwordVocabulary
 from leedl_fast.data.translations import load_translations
 from leedl_fast.models.decoding import decode
-from leedl_fast.models.transformer import END, PAD, Transformer, TransformerConfig
+from leedl_fast.models.transformer import BEGIN, END, PAD, Transformer, TransformerConfig
 from leedl_fast.training.chrf import chrf
 from leedl_fast.training.settings import Settings
 from leedl_fast.training.task import Goal, SampleOptions, Task, Variant
@@ -25,7 +26,8 @@ NUM_SPECIAL = 3  # PAD, BEGIN, END
 NUM_EVALUATION_PAIRS = 500
 NUM_VALIDATION_PAIRS = 100
 EVALUATION_BATCH_SIZE = 100
-NUM_EXAMPLES = 8  # held-out pairs that a checkpoint keeps to show
+NUM_EXAMPLES = 8  # held-out pairs that a checkpoint keeps to show, with sources no longer than
+MAX_EXAMPLE_LENGTH = 60  # characters
 GROUP = 32  # batches whose pairs are sorted by length together, so that little is padding
 
 
@@ -109,10 +111,12 @@ class TransformerTask(Task):
 
     @classmethod
     def describe(cls, data: Pairs) -> dict[str, Any]:
+        short = [pair for pair in data.held_out if len(pair[0]) <= MAX_EXAMPLE_LENGTH]
+        step = max(1, len(short) // NUM_EXAMPLES)
         return {
             "characters": data.vocabulary.characters,
             "merges": [list(pair) for pair in data.vocabulary.merges],
-            "examples": [list(pair) for pair in data.held_out[:NUM_EXAMPLES]],
+            "examples": [list(pair) for pair in short[::step][:NUM_EXAMPLES]],
         }
 
     def build_model(self) -> Transformer:
@@ -179,7 +183,9 @@ class TransformerTask(Task):
         )
 
     def outputs(self, batch: tuple[Tensor, ...]) -> Tensor:
-        return self.model.encode(*batch[:2])
+        source, source_lengths, target, _ = batch
+        inputs = F.pad(target[:, :-1], (1, 0), value=BEGIN)
+        return self.model(source, source_lengths, inputs)
 
     def validate(self) -> dict[str, float]:
         return self._evaluate(NUM_VALIDATION_PAIRS)
@@ -219,13 +225,15 @@ class TransformerTask(Task):
 
     def sample(self, options: TransformerSampleOptions, output: Path | None) -> Iterator[str]:
         """Each source with what the model makes of it, and the reference of a held-out one."""
+        limit = self.model.config.max_length
+        beam_size = options.beam_size if self.model.config.autoregressive else 1
         examples = self.about["examples"]
         if options.prompt is not None:
             examples = [(options.prompt, None)]
-        limit = self.model.config.max_length
-        beam_size = options.beam_size if self.model.config.autoregressive else 1
         for source, reference in examples:
             tokens = self.vocabulary.encode(source)
+            if reference is not None and len(tokens) > limit:
+                continue
             if not 1 <= len(tokens) <= limit:
                 raise ValueError(f"prompt must have 1 to {limit} tokens, got {len(tokens)}")
             (said,) = decode(
