@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leedl_fast.layers.kv_cache import KVCache
+from leedl_fast.layers.rotary import RotaryPositionalEncoding
 from leedl_fast.ops.additive_attention import additive_attention
 from leedl_fast.ops.attention import attention
 from leedl_fast.ops.windows import Window
@@ -30,6 +32,7 @@ class MultiHeadAttention(nn.Module):
         window: None, w or (left, right): which keys around its own position a query sees,
             inclusive; w means (w, w), or (w, 0) when causal.
         bias: whether the projections have biases.
+        rotary: turn queries and keys by their positions; for self-attention alone.
         dropout: probability of dropping an attention weight while training.
         score: "dot", q . k / sqrt(head_dim), or "additive", score_weight . tanh(q + k) with a
             parameter score_weight (num_heads, head_dim).
@@ -55,6 +58,7 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         window: Window = None,
         bias: bool = True,
+        rotary: bool = False,
         dropout: float = 0.0,
         score: str = "dot",
         normalizer: str = "softmax",
@@ -95,6 +99,7 @@ class MultiHeadAttention(nn.Module):
         self.score = score
         self.normalizer = normalizer
         self.embed_dim_k = num_heads_k * self.head_dim
+        self.rotary = RotaryPositionalEncoding(self.head_dim, device=device) if rotary else None
 
         in_features = embed_dim + 2 * self.embed_dim_k
         self.in_proj_weight = nn.Parameter(
@@ -160,6 +165,7 @@ class MultiHeadAttention(nn.Module):
         *,
         key_lengths: Tensor | None = ...,
         need_weights: Literal[False] = ...,
+        cache: KVCache | None = ...,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -170,6 +176,7 @@ class MultiHeadAttention(nn.Module):
         *,
         key_lengths: Tensor | None = ...,
         need_weights: Literal[True],
+        cache: KVCache | None = ...,
     ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
@@ -179,18 +186,29 @@ class MultiHeadAttention(nn.Module):
         *,
         key_lengths: Tensor | None = None,
         need_weights: bool = False,
+        cache: KVCache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Self-attention of `query`, or cross-attention when `key` (and `value`) are given.
 
         need_weights computes the weights a second time, in plain PyTorch: the fused kernels never
         hold them.
+
+        cache: of `new_cache()`, only without gradients: `query` holds the new tokens, and sees
+        those of earlier calls too. Cross-attention projects `key` in the first call alone.
         """
-        q, k, v = self._heads(query, key, value)
+        q, k, v = self._heads(query, key, value, cache)
         dropout_p = self.dropout if self.training else 0.0
         out = self._attention(q, k, v, key_lengths, dropout_p=dropout_p)
         heads = out.transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
         output = self.out_proj(heads.flatten(2))
         return (output, self._weights(q, k, key_lengths)) if need_weights else output
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for self-attention, which must be causal."""
+        if not self.causal:
+            raise ValueError("causal must be True for a cache, got False")
+        left = self.window[0] if isinstance(self.window, tuple) else self.window
+        return KVCache(window=left)
 
     def attention_weights(
         self,
@@ -205,8 +223,13 @@ class MultiHeadAttention(nn.Module):
         return self._weights(q, k, key_lengths)
 
     def _heads(
-        self, query: Tensor, key: Tensor | None, value: Tensor | None
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (batch, heads, seqlen, head_dim), with what the cache adds to k and v."""
         self._check("query", query)
         if key is None and value is not None:
             raise ValueError("key must be given when value is, got None")
@@ -214,12 +237,22 @@ class MultiHeadAttention(nn.Module):
             self._check("key", key)
         if value is not None:
             self._check("value", value)
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("cache must be None where gradients are enabled, got a KVCache")
+        if self.rotary is not None and key is not None:
+            raise ValueError("key must be None with rotary=True, got a tensor")
+        if cache is not None and key is not None and cache.kept is not None:
+            width = self.embed_dim
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[:width]
+            q = F.linear(query, self.in_proj_weight[:width], bias)
+            return self._split_heads(q, self.num_heads), *cache.kept
         q, k, v = self._project(query, key, value)
-        return (
-            self._split_heads(q, self.num_heads),
-            self._split_heads(k, self.num_heads_k),
-            self._split_heads(v, self.num_heads_k),
-        )
+        q = self._split_heads(q, self.num_heads)
+        k, v = self._split_heads(k, self.num_heads_k), self._split_heads(v, self.num_heads_k)
+        if self.rotary is not None:
+            offset = 0 if cache is None else cache.length
+            q, k = self.rotary(q, offset=offset), self.rotary(k, offset=offset)
+        return (q, k, v) if cache is None else (q, *cache.extend(k, v))
 
     def _attention(
         self,

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from leedl_fast.training.task import Task
 
 TASKS: dict[str, str] = {
+    "bert": "leedl_fast.training.tasks.bert:BERTTask",
     "gpt": "leedl_fast.training.tasks.gpt:GPTTask",
+    "transformer": "leedl_fast.training.tasks.transformer:TransformerTask",
 }
 
 

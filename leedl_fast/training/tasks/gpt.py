@@ -28,6 +28,12 @@ EVALUATION_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True)
+class GPTSettings(Settings):
+    steps: int = 800
+    learning_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
 class GPTSampleOptions(SampleOptions):
     """See GPT.generate; tokens is how many characters to write."""
 
@@ -52,10 +58,15 @@ class GPTTask(Task):
 
     name = "gpt"
     title = "GPT"
-    shows = "next token, temperature, top-k, top-p"
+    shows = "next token until the end token; KV cache, temperature, top-k, top-p"
+    Settings = GPTSettings
     ModelConfig = GPTConfig
     SampleOptions = GPTSampleOptions
-    model_defaults: ClassVar[Mapping[str, Any]] = {"window": 64}
+    model_defaults: ClassVar[Mapping[str, Any]] = {
+        "context_length": 128,
+        "window": 64,
+        "positions": "rotary",
+    }
     data_text = "the Python documentation"
     own_data = "a text file in UTF-8"
     variants = (Variant(goals=(Goal("bits_per_character", 2.0, "at most"),)),)
@@ -63,7 +74,7 @@ class GPTTask(Task):
     model: GPT
 
     @classmethod
-    def load_data(cls, settings: Settings) -> Text:
+    def load_data(cls, settings: GPTSettings) -> Text:
         text = load_text(settings.data)
         return Text(text, CharacterVocabulary.from_text(text), digest(text))
 
