@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 TASKS: dict[str, str] = {
     "bert": "leedl_fast.training.tasks.bert:BERTTask",
     "gpt": "leedl_fast.training.tasks.gpt:GPTTask",
+    "gan": "leedl_fast.training.tasks.gan:GANTask",
+    "cyclegan": "leedl_fast.training.tasks.cyclegan:CycleGANTask",
+    "autoencoder": "leedl_fast.training.tasks.autoencoder:AutoencoderTask",
+    "vae": "leedl_fast.training.tasks.autoencoder:VAETask",
+    "vqvae": "leedl_fast.training.tasks.autoencoder:VQVAETask",
     "transformer": "leedl_fast.training.tasks.transformer:TransformerTask",
 }
 
