@@ -24,7 +24,11 @@ CPU_FLAGS = [
     "-Wno-uninitialized -Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 header
     "-Icsrc/cpu -Icsrc/common",
 ]
-BINDINGS_ALONE = ("attention.cpp", "module.cpp")  # nothing to optimise but pybind11's templates
+BINDINGS_ALONE = (
+    "additive_attention.cpp",
+    "attention.cpp",
+    "module.cpp",
+)  # nothing to optimise but pybind11's templates
 X86_FLAGS = {
     "_cpu_avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "_cpu_avx2": "-march=x86-64-v3",

@@ -25,17 +25,21 @@ from leedl_fast.benchmarks.suite import (
     plain_dtype,
 )
 
+BARS = {EAGER: 2.0, COMPILED: 1.3}
 CHECKED_ROWS = 1024  # of each output; the gradients of weight and bias depend on all rows
 
 
 @dataclass(frozen=True)
 class AddLayerNormCase:
-    """overhead: forward only, but with gradients on, so that the autograd graph is built."""
+    """overhead: forward only, but with gradients on, so that the autograd graph is built.
+    preallocated: ours fills outputs that it is given, so that no fresh memory is written.
+    """
 
     rows: int
     n: int
     backward: bool = False
     overhead: bool = False
+    preallocated: bool = False
     norm: str = "layer"
     dtype: torch.dtype = torch.float32
     bars: dict[str, float] = field(default_factory=dict)
@@ -46,6 +50,8 @@ class AddLayerNormCase:
         passes = "forward + backward" if self.backward else "forward"
         if self.overhead:
             passes += ", gradients on"
+        if self.preallocated:
+            passes += ", out="
         return passes if self.norm == "layer" else f"{passes}, rms"
 
     @property
@@ -61,12 +67,15 @@ def cases(settings: Settings) -> list[AddLayerNormCase]:
     if settings.tier == "tiny":
         return [
             AddLayerNormCase(8, 32, bars={EAGER: 1.7}),
+            AddLayerNormCase(8, 32, preallocated=True, peers=()),
             AddLayerNormCase(8, 32, backward=True, peers=(EAGER,)),
             AddLayerNormCase(4, 16, overhead=True, bars={EAGER: 1.0}, peers=(EAGER,)),
         ]
     main = [
         AddLayerNormCase(16384, 1024, bars={EAGER: 1.7}),
-        AddLayerNormCase(16384, 1024, backward=True, bars={EAGER: 1.5}),
+        AddLayerNormCase(16384, 1024, preallocated=True, peers=(EAGER,)),
+        AddLayerNormCase(16384, 1024, backward=True, bars=BARS),
+        AddLayerNormCase(16384, 1024, backward=True, dtype=torch.bfloat16, bars=BARS),
         AddLayerNormCase(64, 256, overhead=True, bars={EAGER: 1.0}),
     ]
     if settings.tier == "quick":
@@ -99,9 +108,12 @@ def test_add_layer_norm(case: AddLayerNormCase, measure: Measure) -> None:
     for name, exact, rounded in zip(names, reference, plain, strict=True):
         index = some_rows if exact.dim() == 2 else (...,)
         expected.append(Expected.of(name, exact[index], rounded[index], case.dtype, index))
+    out = (
+        (torch.empty_like(tensors[0]), torch.empty_like(tensors[1])) if case.preallocated else None
+    )
     functions = {
         OURS: lambda x, residual, weight, bias: add_layer_norm(
-            x, residual, weight, bias, norm=case.norm, backend=measure.settings.backend
+            x, residual, weight, bias, norm=case.norm, out=out, backend=measure.settings.backend
         ),
         EAGER: eager(case),
         COMPILED: torch.compile(eager(case), dynamic=False, fullgraph=True),

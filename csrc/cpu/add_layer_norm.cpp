@@ -1,9 +1,12 @@
-// Residual + LayerNorm (or RMSNorm): summed = x + residual, normed = (summed - mean) * rstd * weight + bias.
+// Residual + LayerNorm (or RMSNorm): summed = dropout(x) + residual, normed = (summed - mean) * rstd * weight + bias.
 //
 // A row's inputs are read from memory once: its later passes find the row's sum in the caches, as it was stored. Several
 // rows are summed together, because one row alone waits for the latencies of its own sums; a row's numbers do not depend
 // on that grouping. X is the dtype of x and normed, R that of residual and summed; everything is computed in
-// A = Accumulate<X>, and so are the statistics, of the sum as it is stored: the backward reads no other.
+// A = Accumulate<X>, and so are the statistics, of the sum as it is stored. Nothing but that sum is kept for the
+// backward, which makes the statistics again: the row is in the first-level cache, and two passes over it there cost
+// less than two more tensors.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
@@ -15,6 +18,8 @@
 #include "bindings.h"
 #include "dtypes.h"
 #include "huge_pages.h"
+#include "memory.h"
+#include "philox_simd.h"
 #include "simd.h"
 
 namespace leedl {
@@ -22,6 +27,7 @@ namespace {
 
 constexpr int64_t kSerialElements = 65536;  // smaller problems are done before a second thread has woken up
 constexpr int kRowsTogether = 4;
+constexpr int64_t kStreamedBytes = 32 << 20;  // of an output: as large as all caches together
 
 // Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements. Rows are of any dtype that
 // is computed in A.
@@ -36,6 +42,10 @@ struct Whole {
   void store(Vec<A> v, T* row) const {
     v.store(row + j);
   }
+  template <typename T>
+  void stream(Vec<A> v, T* row) const {
+    v.stream(row + j);
+  }
   Vec<A> keep(Vec<A> v) const { return v; }
 };
 
@@ -49,6 +59,10 @@ struct Rest {
   template <typename T>
   void store(Vec<A> v, T* row) const {
     v.store_first(row + j, count);
+  }
+  template <typename T>
+  void stream(Vec<A> v, T* row) const {
+    store(v, row);
   }
   Vec<A> keep(Vec<A> v) const { return keep_lanes(0, count, v, Vec<A>::zero()); }  // zeros beyond the row's end
 };
@@ -77,6 +91,49 @@ inline void row_sums(int64_t n, T* totals, const Add& add) {
   for (int i = 0; i < kSums; ++i) totals[i] = reduce_add(outer[i]);
 }
 
+// What normalises kRows rows: normalized = (summed - mean) * rstd + offset, where mean is the rounded mean, and offset
+// makes up for its rounding.
+template <typename A, int kRows>
+struct Statistics {
+  using V = Vec<A>;
+
+  A mean[kRows], rstd[kRows], offset[kRows];
+
+  // totals: the sums of the rows, which begin at rows + i * n; not read for RMSNorm.
+  template <typename R>
+  Statistics(const A* totals, const R* rows, int64_t n, A eps, bool rms) {
+    for (int i = 0; i < kRows; ++i) mean[i] = rms ? 0 : totals[i] / static_cast<A>(n);
+    A sums[2 * kRows];  // of what is left after subtracting the mean, and of its square
+    row_sums<A, 2 * kRows>(n, sums, [=, means = mean, stride = n](auto at, V* sums) {
+      for (int i = 0; i < kRows; ++i) {
+        const V centered = at.load(rows + i * stride) - at.keep(V::broadcast(means[i]));
+        sums[2 * i] = sums[2 * i] + centered;
+        sums[2 * i + 1] = mul_add(centered, centered, sums[2 * i + 1]);
+      }
+    });
+    for (int i = 0; i < kRows; ++i) {
+      const A left = rms ? 0 : sums[2 * i] / static_cast<A>(n);
+      rstd[i] = 1 / std::sqrt(sums[2 * i + 1] / static_cast<A>(n) - left * left + eps);
+      offset[i] = -left * rstd[i];
+    }
+  }
+
+  V normalize(int i, V summed) const {
+    return mul_add(summed - V::broadcast(mean[i]), V::broadcast(rstd[i]), V::broadcast(offset[i]));
+  }
+};
+
+// Dropout of the branch x: 0 or scale is what each of its elements is multiplied by.
+template <typename A>
+struct Branch {
+  Dropout<A> mask;
+  A scale;
+
+  Branch(double dropout_p, uint64_t seed)
+      : mask(dropout_p, seed, kAddLayerNormStream), scale(static_cast<A>(1 / (1 - dropout_p))) {}
+  void fill(int64_t row, int64_t n, A* factors) const { mask.fill(0, n, row, row >> 32, factors); }
+};
+
 template <typename X, typename R>
 struct Forward {
   using A = Accumulate<X>;
@@ -84,8 +141,6 @@ struct Forward {
 
   X* normed;
   R* summed;
-  A* mean;
-  A* rstd;
   const X* x;
   const R* residual;
   const A* weight;
@@ -93,43 +148,50 @@ struct Forward {
   int64_t n, x_row_stride, residual_row_stride;
   A eps;
   bool rms;
+  const Branch<A>* dropout;  // or null
+  bool streams;  // outputs go past the caches
 
+  // factors: [kRows][n], with dropout alone; sums: [kRows][n], where outputs are streamed.
   template <int kRows>
-  void run(int64_t first_row) const {
-    A means[kRows] = {}, rstds[kRows], offsets[kRows] = {};
+  void run(int64_t first_row, A* factors, R* sums) const {
     const X* const x_rows = x + first_row * x_row_stride;
     const R* const residual_rows = residual + first_row * residual_row_stride;
-    R* const summed_rows = summed + first_row * n;
-    row_sums<A, kRows>(n, means, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
-                                  stride = n](auto at, V* sums) {
-      for (int i = 0; i < kRows; ++i) {
-        const V sum = at.load(x_rows + i * x_stride) + at.load(residual_rows + i * residual_stride);
-        at.store(sum, summed_rows + i * stride);
-        sums[i] = sums[i] + sum.template rounded_to<R>();
-      }
-    });
-    for (int i = 0; i < kRows; ++i) means[i] = rms ? 0 : means[i] / static_cast<A>(n);
-    A totals[2 * kRows];  // of what is left after subtracting the rounded mean, and of its square
-    row_sums<A, 2 * kRows>(n, totals, [=, stride = n](auto at, V* sums) {
-      for (int i = 0; i < kRows; ++i) {
-        const V centered = at.load(summed_rows + i * stride) - at.keep(V::broadcast(means[i]));
-        sums[2 * i] = sums[2 * i] + centered;
-        sums[2 * i + 1] = mul_add(centered, centered, sums[2 * i + 1]);
-      }
-    });
-    for (int i = 0; i < kRows; ++i) {
-      const A left = rms ? 0 : totals[2 * i] / static_cast<A>(n);
-      rstds[i] = 1 / std::sqrt(totals[2 * i + 1] / static_cast<A>(n) - left * left + eps);
-      offsets[i] = -left * rstds[i];
-      rstd[first_row + i] = rstds[i];
-      if (!rms) mean[first_row + i] = means[i] + left;
+    R* const summed_rows = streams ? sums : summed + first_row * n;
+    A totals[kRows];
+    const auto add = [&](const auto& branch) {
+      row_sums<A, kRows>(n, totals, [=, x_stride = x_row_stride, residual_stride = residual_row_stride,
+                                     stride = n](auto at, V* sums) {
+        for (int i = 0; i < kRows; ++i) {
+          const V sum = branch(at, i, at.load(x_rows + i * x_stride)) + at.load(residual_rows + i * residual_stride);
+          at.store(sum, summed_rows + i * stride);
+          sums[i] = sums[i] + sum.template rounded_to<R>();
+        }
+      });
+    };
+    if (dropout != nullptr) {
+      for (int i = 0; i < kRows; ++i) dropout->fill(first_row + i, n, factors + i * n);
+      add([factors, scale = V::broadcast(dropout->scale), stride = n](auto at, int i, V v) {
+        return v * (at.load(factors + i * stride) * scale);
+      });
+    } else {
+      add([](auto, int, V v) { return v; });
     }
+    const Statistics<A, kRows> statistics(totals, summed_rows, n, eps, rms);
     const auto write = [&](const auto& affine) {
       X* const normed_rows = normed + first_row * n;
+      if (streams) {
+        for_each_vector<A>(0, n, [=, &affine, to = summed + first_row * n, stride = n](auto at) {
+          for (int i = 0; i < kRows; ++i) {
+            const V sum = at.load(summed_rows + i * stride);
+            at.stream(sum, to + i * stride);
+            at.stream(affine(at, statistics.normalize(i, sum)), normed_rows + i * stride);
+          }
+        });
+        return;
+      }
       for_each_vector<A>(0, n, [=, &affine, stride = n](auto at) {
         for (int i = 0; i < kRows; ++i) {
-          const V centered = at.load(summed_rows + i * stride) - V::broadcast(means[i]);
-          const V normalized = mul_add(centered, V::broadcast(rstds[i]), V::broadcast(offsets[i]));
+          const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
           at.store(affine(at, normalized), normed_rows + i * stride);
         }
       });
@@ -155,31 +217,30 @@ struct Backward {
   const X* dnormed;
   const R* dsummed;
   const R* summed;
-  const A* mean;
-  const A* rstd;
   const A* weight;
   int64_t n;
+  A eps;
   bool rms;
 
   // Adds the rows' terms to dweight and dbias where they are not null.
   template <int kRows>
   void run(int64_t first_row, A* dweight, A* dbias) const {
-    A means[kRows], rstds[kRows];
-    for (int i = 0; i < kRows; ++i) {
-      means[i] = rms ? 0 : mean[first_row + i];
-      rstds[i] = rstd[first_row + i];
-    }
     const X* const dy_rows = dnormed + first_row * n;
     const R* const summed_rows = summed + first_row * n;
     const A* const w = weight;
     const int64_t stride = n;
+    A row_totals[kRows];
+    row_sums<A, kRows>(n, row_totals, [=](auto at, V* sums) {
+      for (int i = 0; i < kRows; ++i) sums[i] = sums[i] + at.load(summed_rows + i * stride);
+    });
+    const Statistics<A, kRows> statistics(row_totals, summed_rows, n, eps, rms);
     A totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
     row_sums<A, 2 * kRows>(n, totals, [&](auto at, V* sums) {
       V dw = dweight != nullptr ? at.load(dweight) : V::zero();
       V db = dbias != nullptr ? at.load(dbias) : V::zero();
       for (int i = 0; i < kRows; ++i) {
         const V dy = at.load(dy_rows + i * stride);
-        const V normalized = (at.load(summed_rows + i * stride) - V::broadcast(means[i])) * V::broadcast(rstds[i]);
+        const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
         const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
         sums[2 * i] = sums[2 * i] + dnormalized;
         sums[2 * i + 1] = mul_add(dnormalized, normalized, sums[2 * i + 1]);
@@ -194,21 +255,23 @@ struct Backward {
       totals[2 * i + 1] /= static_cast<A>(n);
     }
     for (int i = 0; i < kRows; ++i) {
-      write_row(means[i], rstds[i], totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
+      write_row(statistics, i, totals[2 * i], totals[2 * i + 1], (first_row + i) * n);
     }
   }
 
-  void write_row(A row_mean, A row_rstd, A dnormalized_mean, A product_mean, int64_t offset) const {
-    const V mean_lanes = V::broadcast(row_mean), scale = V::broadcast(row_rstd);
+  template <int kRows>
+  void write_row(const Statistics<A, kRows>& statistics, int i, A dnormalized_mean, A product_mean,
+                 int64_t offset) const {
+    const V scale = V::broadcast(statistics.rstd[i]);
     const V constant = V::broadcast(dnormalized_mean), slope = V::broadcast(product_mean);
     const X* const dy_row = dnormed + offset;
     const R* const summed_row = summed + offset;
     const A* const w = weight;
     const R* const dsummed_row = dsummed != nullptr ? dsummed + offset : nullptr;
     R* const dresidual_row = dresidual + offset;
-    for_each_vector<A>(0, n, [=](auto at) {
+    for_each_vector<A>(0, n, [=, &statistics](auto at) {
       const V dy = at.load(dy_row);
-      const V normalized = (at.load(summed_row) - mean_lanes) * scale;
+      const V normalized = statistics.normalize(i, at.load(summed_row));
       const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
       const V out = ((dnormalized - constant) - normalized * slope) * scale;
       at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dresidual_row);
@@ -230,20 +293,24 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
 // the partial sums are few against the data, at most 128, so that their rounding errors stay small.
 int64_t rows_per_block(int64_t rows) { return std::clamp((rows + 63) / 64, int64_t{16}, int64_t{128}); }
 
-// The n numbers of dtype T at `address` as numbers of A, converted once where these differ; null where there are none.
-template <typename A, typename T>
+// n numbers as numbers of A, converted once where their dtype is another; null where there are none.
+template <typename A>
 class Parameter {
  public:
-  Parameter(std::uintptr_t address, int64_t n) {
-    if constexpr (std::is_same_v<A, T>) {
-      data_ = pointer<const A>(address);
-    } else if (address != 0) {
-      converted_.resize(n);
-      for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
-        at.store(at.load(from), to);
-      });
-      data_ = converted_.data();
-    }
+  Parameter(int dtype, std::uintptr_t address, int64_t n) {
+    dispatch(dtype, [&](auto tag) {
+      using T = typename decltype(tag)::Type;
+      if constexpr (std::is_same_v<A, T>) {
+        data_ = pointer<const A>(address);
+      } else if constexpr (std::is_same_v<A, Accumulate<T>>) {
+        if (address == 0) return;
+        converted_.resize(n);
+        for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
+          at.store(at.load(from), to);
+        });
+        data_ = converted_.data();
+      }
+    });
   }
   const A* data() const { return data_; }
 
@@ -252,24 +319,74 @@ class Parameter {
   const A* data_ = nullptr;
 };
 
-void add_layer_norm_forward(int dtype, std::uintptr_t normed, std::uintptr_t summed, std::uintptr_t mean,
-                            std::uintptr_t rstd, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
-                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
-                            int64_t residual_row_stride, double eps, bool rms, int num_threads) {
+// Calls body(Tag<X>(), Tag<R>()) for the dtypes of x and of residual: the same, or float beside two bytes.
+template <typename Body>
+void dispatch_pair(int dtype, int residual_dtype, const Body& body) {
   dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    using A = Accumulate<T>;
-    const Parameter<A, T> weights(weight, n), biases(bias, n);
-    const Forward<T, T> forward = {pointer<T>(normed), pointer<T>(summed), pointer<A>(mean), pointer<A>(rstd),
-                                   pointer<const T>(x), pointer<const T>(residual), weights.data(), biases.data(), n,
-                                   x_row_stride, residual_row_stride, static_cast<A>(eps), rms};
-    advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(T)));
-    advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(T)));
+    if constexpr (kIsTwoBytes<typename decltype(tag)::Type>) {
+      if (residual_dtype != dtype) return body(tag, Tag<float>());
+    }
+    body(tag, tag);
+  });
+}
+
+// Whether outputs are so large that nobody finds them in a cache, and all their vectors aligned.
+bool streams(std::uintptr_t normed, std::uintptr_t summed, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes && (normed | summed | static_cast<std::uintptr_t>(row_bytes)) % 64 == 0;
+}
+
+void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
+                            std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
+                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
+                            int64_t residual_row_stride, double eps, bool rms, std::uintptr_t seed, double dropout_p,
+                            int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Parameter<A> weights(parameter_dtype, weight, n), biases(parameter_dtype, bias, n);
+    const Branch<A> dropout(dropout_p, seed != 0 ? *pointer<const uint64_t>(seed) : 0);
+    const Forward<X, R> forward = {pointer<X>(normed), pointer<R>(summed), pointer<const X>(x),
+                                   pointer<const R>(residual), weights.data(), biases.data(), n, x_row_stride,
+                                   residual_row_stride, static_cast<A>(eps), rms, seed != 0 ? &dropout : nullptr,
+                                   streams(normed, summed, rows, n * static_cast<int64_t>(sizeof(X)))};
+    advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(X)));
+    advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
+    const int64_t factors = seed != 0 ? round_up(kRowsTogether * n, 64) : 0;
+    const Buffer<A> memory = seed != 0 ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
+    const int64_t sums = forward.streams ? kRowsTogether * n : 0;
+    const Buffer<R> sums_memory = forward.streams ? allocate<R>(std::max(num_threads, 1) * sums) : nullptr;
 #pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
     for (int64_t block = 0; block < blocks; ++block) {
+      A* const own_factors = memory.get() + omp_get_thread_num() * factors;
+      R* const own_sums = sums_memory.get() + omp_get_thread_num() * sums;
       for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-        forward.template run<decltype(together)::value>(row);
+        forward.template run<decltype(together)::value>(row, own_factors, own_sums);
+      });
+      if (forward.streams) end_streams();
+    }
+  });
+}
+
+// dx = dresidual times what the forward pass multiplied x by.
+void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr_t dx, std::uintptr_t dresidual,
+                                     std::uintptr_t seed, int64_t rows, int64_t n, double dropout_p, int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Branch<A> dropout(dropout_p, *pointer<const uint64_t>(seed));
+    const int64_t pitch = round_up(n, 64);
+    const Buffer<A> memory = allocate<A>(std::max(num_threads, 1) * pitch);
+    advise_huge_pages(pointer<X>(dx), rows * n * static_cast<int64_t>(sizeof(X)));
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * n >= kSerialElements)
+    for (int64_t row = 0; row < rows; ++row) {
+      A* const factors = memory.get() + omp_get_thread_num() * pitch;
+      dropout.fill(row, n, factors);
+      for_each_vector<A>(0, n, [=, from = pointer<const R>(dresidual) + row * n, to = pointer<X>(dx) + row * n,
+                                scale = Vec<A>::broadcast(dropout.scale)](auto at) {
+        at.store(at.load(from) * (at.load(factors) * scale), to);
       });
     }
   });
@@ -293,18 +410,18 @@ void reduce_blocks(const A* partial, int64_t blocks, int64_t block_stride, int64
   }
 }
 
-void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweight, std::uintptr_t dbias,
-                             std::uintptr_t dnormed, std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t mean,
-                             std::uintptr_t rstd, std::uintptr_t weight, int64_t rows, int64_t n, bool rms,
-                             int num_threads) {
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    using A = Accumulate<T>;
-    const Parameter<A, T> weights(weight, n);
-    const Backward<T, T> backward = {pointer<T>(dx), pointer<const T>(dnormed), pointer<const T>(dsummed),
-                                     pointer<const T>(summed), pointer<const A>(mean), pointer<const A>(rstd),
-                                     weights.data(), n, rms};
-    advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(T)));
+void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t dresidual,
+                             std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
+                             std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight, int64_t rows,
+                             int64_t n, double eps, bool rms, int num_threads) {
+  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+    using X = typename decltype(x_tag)::Type;
+    using R = typename decltype(residual_tag)::Type;
+    using A = Accumulate<X>;
+    const Parameter<A> weights(parameter_dtype, weight, n);
+    const Backward<X, R> backward = {pointer<R>(dresidual), pointer<const X>(dnormed), pointer<const R>(dsummed),
+                                     pointer<const R>(summed), weights.data(), n, static_cast<A>(eps), rms};
+    advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
     const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
     const int64_t block_stride = dweight_size + dbias_size;
@@ -318,8 +435,13 @@ void add_layer_norm_backward(int dtype, std::uintptr_t dx, std::uintptr_t dweigh
       });
     }
     const A *const dweights = partial.data(), *const dbiases = dweights + dweight_size;
-    if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
-    if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+    dispatch(parameter_dtype, [&](auto parameter_tag) {
+      using T = typename decltype(parameter_tag)::Type;
+      if constexpr (std::is_same_v<Accumulate<T>, A>) {
+        if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
+        if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+      }
+    });
   });
 }
 
@@ -329,6 +451,7 @@ void bind_add_layer_norm(pybind11::module_& m) {
   using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
   m.def("add_layer_norm_forward", &add_layer_norm_forward, Release());
   m.def("add_layer_norm_backward", &add_layer_norm_backward, Release());
+  m.def("add_layer_norm_dropout_backward", &add_layer_norm_dropout_backward, Release());
 }
 
 }  // namespace leedl

@@ -6,7 +6,9 @@
 namespace leedl {
 
 void bind_attention(pybind11::module_& m);
+void bind_additive_attention(pybind11::module_& m);
 void bind_add_layer_norm(pybind11::module_& m);
 void bind_diffusion(pybind11::module_& m);
+void bind_linear_cross_entropy(pybind11::module_& m);
 
 }  // namespace leedl

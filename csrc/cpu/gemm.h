@@ -152,13 +152,14 @@ __attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const T* 
 
 // B = source in panels: source is rows x columns, panel p holds its columns [p * W, (p + 1) * W), one vector per row.
 // Missing columns of the last panel are zeros.
-template <typename T>
-__attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel_stride, const T* __restrict__ source,
+template <typename T, typename Source>
+__attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel_stride,
+                                           const Source* __restrict__ source,
                                            int64_t stride, int64_t rows, int64_t columns) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   const int64_t whole = columns / kLanes;
   for (int64_t row = 0; row < rows; ++row) {
-    const T* from = source + row * stride;
+    const Source* from = source + row * stride;
     T* to = panels + row * kLanes;
     for (int64_t panel = 0; panel < whole; ++panel)
       Vec<T>::load(from + panel * kLanes).store(to + panel * panel_stride);
@@ -169,14 +170,14 @@ __attribute__((noinline)) void pack_panels(T* __restrict__ panels, int64_t panel
 }
 
 // A = source * scale, row after row with a constant pitch. Rows from `rows` to kRows are zeros.
-template <int64_t kRows, int64_t kPitch, typename T>
-inline void pack_rows(T* __restrict__ a, const T* __restrict__ source, int64_t stride, int64_t rows, int64_t columns,
+template <int64_t kRows, int64_t kPitch, typename T, typename Source>
+inline void pack_rows(T* __restrict__ a, const Source* __restrict__ source, int64_t stride, int64_t rows, int64_t columns,
                       T scale) {
   constexpr int64_t kLanes = Vec<T>::kSize;
   const Vec<T> factor = Vec<T>::broadcast(scale);
   for (int64_t row = 0; row < kRows; ++row) {
     T* to = a + row * kPitch;
-    const T* from = source + row * stride;
+    const Source* from = source + row * stride;
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = columns - column < kLanes ? columns - column : kLanes;
       Vec<T> value = Vec<T>::zero();

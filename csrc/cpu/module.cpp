@@ -26,6 +26,8 @@ PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   m.doc() = "CPU kernels of leedl_fast. Outputs are filled, never allocated; nothing is checked here.";
   m.def("processor_can_run", &processor_can_run);
   leedl::bind_attention(m);
+  leedl::bind_additive_attention(m);
   leedl::bind_add_layer_norm(m);
   leedl::bind_diffusion(m);
+  leedl::bind_linear_cross_entropy(m);
 }

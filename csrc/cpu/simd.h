@@ -119,6 +119,18 @@ struct Vec {
     return v;
   }
   void store(T* p) const { std::memcpy(p, &lanes, sizeof(Lanes)); }
+  // The same past the caches, which need not read the line first; p is aligned to the vector.
+  void stream(T* p) const {
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(lanes));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(lanes));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(lanes));
+#else
+    store(p);
+#endif
+  }
 
   // The first n lanes (0 <= n <= kSize); the other lanes are 0, and their memory is not touched.
   static Vec load_first(const T* p, int64_t n) {
@@ -157,6 +169,17 @@ struct Vec {
   void store(Half* p) const {
     const HalfLanes bits = detail::narrow(lanes, Half());
     std::memcpy(p, &bits, sizeof bits);
+  }
+  template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
+  void stream(Half* p) const {
+    [[maybe_unused]] const HalfLanes bits = detail::narrow(lanes, Half());
+#if defined(__AVX512F__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(bits));
+#elif defined(__AVX2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(bits));
+#else
+    std::memcpy(p, &bits, sizeof bits);
+#endif
   }
   template <typename Half, typename = std::enable_if_t<kIsTwoBytes<Half>>>
   static Vec load_first(const Half* p, int64_t n) {
@@ -205,6 +228,13 @@ struct Vec {
   }
 #endif
 };
+
+// Orders streamed stores before what other threads are told next.
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // a * b + c with one rounding on every machine; slow where the instruction set has no fma (baseline x86-64).
 template <typename T>

@@ -189,38 +189,91 @@ def _attention_backward(
     )
 
 
+def _additive_attention_forward(
+    problem: Any,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_weight: Tensor,
+    key_lengths: Tensor | None,
+) -> None:
+    _kernel("additive_attention_forward")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (out, row_max, row_sum, q, k, v, score_weight, key_lengths)),
+        problem[:7],
+        _strides(out, q, k, v),
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
+def _additive_attention_backward(
+    problem: Any,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dscore_weight: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score_weight: Tensor,
+    key_lengths: Tensor | None,
+    out: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+) -> None:
+    _kernel("additive_attention_backward")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (dq, dk, dv, dscore_weight, dout, q, k, v, score_weight, key_lengths)),
+        *map(_pointer, (out, row_max, row_sum)),
+        problem[:7],
+        _strides(dq, dk, dv, dout, q, k, v, out),
+        problem.window_left,
+        problem.window_right,
+        torch.get_num_threads(),
+    )
+
+
 def _add_layer_norm_forward(
     problem: Any,
     normed: Tensor,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
-    rows, n = problem.rows, problem.n
-    x, x_row_stride = _rows(x, rows, n)
-    residual, residual_row_stride = _rows(residual, rows, n)
+    rows, n, dtype, residual_dtype, parameter_dtype, _, eps, norm, dropout_p = problem
+    x, x_row_stride = (x, n) if x.is_contiguous() else _rows(x, rows, n)
+    residual, residual_row_stride = (
+        (residual, n) if residual.is_contiguous() else _rows(residual, rows, n)
+    )
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     _kernel("add_layer_norm_forward")(
-        DTYPE_NUMBERS[problem.dtype],
+        DTYPE_NUMBERS[dtype],
+        DTYPE_NUMBERS[residual_dtype],
+        DTYPE_NUMBERS[parameter_dtype],
         normed.data_ptr(),
         summed.data_ptr(),
-        mean.data_ptr(),
-        rstd.data_ptr(),
         x.data_ptr(),
         residual.data_ptr(),
-        _pointer(weight),
-        _pointer(bias),
+        0 if weight is None else weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         rows,
         n,
         x_row_stride,
         residual_row_stride,
-        problem.eps,
-        problem.norm == "rms",
+        eps,
+        norm == "rms",
+        0 if seed is None else seed.data_ptr(),
+        dropout_p,
         torch.get_num_threads(),
     )
 
@@ -242,8 +295,6 @@ def _add_layer_norm_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
@@ -251,12 +302,27 @@ def _add_layer_norm_backward(
     dweight_or_none = dweight if weight is not None else None
     dbias_or_none = dbias if bias is not None else None
     _kernel("add_layer_norm_backward")(
-        DTYPE_NUMBERS[problem.dtype],
+        *(DTYPE_NUMBERS[dtype] for dtype in problem[2:5]),
         *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
-        *map(_pointer, (mean, rstd, weight)),
+        _pointer(weight),
         problem.rows,
         problem.n,
+        problem.eps,
         problem.norm == "rms",
+        torch.get_num_threads(),
+    )
+
+
+def _add_layer_norm_dropout_backward(
+    problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor
+) -> None:
+    _kernel("add_layer_norm_dropout_backward")(
+        DTYPE_NUMBERS[problem.dtype],
+        DTYPE_NUMBERS[problem.residual_dtype],
+        *map(_pointer, (dx, dresidual, seed)),
+        problem.rows,
+        problem.n,
+        problem.dropout_p,
         torch.get_num_threads(),
     )
 
@@ -351,6 +417,42 @@ def _step(
     )
 
 
+def _linear_cross_entropy_forward(
+    problem: Any,
+    loss: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    *inputs: Tensor | None,
+) -> None:
+    gradients = (dhidden, dweight, dbias) if problem.wants_gradients else (None, None, None)
+    _linear_cross_entropy(problem, loss, *gradients, None, *inputs)
+
+
+def _linear_cross_entropy_backward(problem: Any, *tensors: Tensor | None) -> None:
+    _linear_cross_entropy(problem, None, *tensors)
+
+
+def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
+    """tensors: loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets."""
+    loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets = tensors
+    _kernel("linear_cross_entropy")(
+        DTYPE_NUMBERS[problem.dtype],
+        *map(_pointer, (loss, dhidden, dweight, dbias if problem.has_bias else None, dloss)),
+        *map(_pointer, (hidden, weight, bias, targets)),
+        problem.rows,
+        problem.in_features,
+        problem.vocab_size,
+        hidden.stride(0),
+        weight.stride(0),
+        problem.ignore_index,
+        problem.reduction == "none",
+        problem.reduction == "mean",
+        problem.label_smoothing,
+        torch.get_num_threads(),
+    )
+
+
 TABLE = MappingProxyType(
     {
         "attention": Implementation(
@@ -358,12 +460,21 @@ TABLE = MappingProxyType(
             _attention_unsupported,
             {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
         ),
+        "additive_attention": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "additive_attention_forward": _additive_attention_forward,
+                "additive_attention_backward": _additive_attention_backward,
+            },
+        ),
         "add_layer_norm": Implementation(
             "cpu",
             _unsupported,
             {
                 "add_layer_norm_forward": _add_layer_norm_forward,
                 "add_layer_norm_backward": _add_layer_norm_backward,
+                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
             },
         ),
         "diffusion": Implementation(
@@ -375,6 +486,14 @@ TABLE = MappingProxyType(
                 "diffusion_noise_prediction_loss_forward": _loss_forward,
                 "diffusion_noise_prediction_loss_backward": _loss_backward,
                 "diffusion_step": _step,
+            },
+        ),
+        "linear_cross_entropy": Implementation(
+            "cpu",
+            _unsupported,
+            {
+                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
             },
         ),
     }

@@ -142,6 +142,29 @@ def _attention_options(problem: Any) -> dict[str, Any]:
     }
 
 
+@_on_its_device
+def _additive_attention_forward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import additive_attention
+
+    additive_attention.forward(
+        *tensors, window_left=problem.window_left, window_right=problem.window_right
+    )
+
+
+@_on_its_device
+def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
+    from leedl_fast.kernels import additive_attention
+
+    *gradients_and_inputs, _, row_max, row_sum = tensors
+    additive_attention.backward(
+        *gradients_and_inputs,
+        row_max,
+        row_sum,
+        window_left=problem.window_left,
+        window_right=problem.window_right,
+    )
+
+
 def _rows(x: Tensor, rows: int, n: int) -> Tensor:
     """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
     x = x.reshape(rows, n)
@@ -153,12 +176,11 @@ def _add_layer_norm_forward(
     problem: Any,
     normed: Tensor,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    seed: Tensor | None,
 ) -> None:
     from leedl_fast.kernels import add_layer_norm
 
@@ -166,16 +188,16 @@ def _add_layer_norm_forward(
     add_layer_norm.forward(
         normed,
         summed,
-        mean,
-        rstd,
         _rows(x, rows, n),
         _rows(residual, rows, n),
         *(
             parameter if parameter is None else parameter.contiguous()
             for parameter in (weight, bias)
         ),
+        seed,
         eps=problem.eps,
         is_rms=problem.norm == "rms",
+        dropout_p=problem.dropout_p,
     )
 
 
@@ -188,27 +210,32 @@ def _add_layer_norm_backward(
     dnormed: Tensor,
     dsummed: Tensor | None,
     summed: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    from leedl_fast.kernels import add_layer_norm
+    from leedl_fast.kernels import add_layer_norm_backward
 
-    add_layer_norm.backward(
+    add_layer_norm_backward.backward(
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
         dnormed,
         dsummed,
         summed,
-        mean,
-        rstd,
         weight if weight is None else weight.contiguous(),
         rows=problem.rows,
         n=problem.n,
+        eps=problem.eps,
         is_rms=problem.norm == "rms",
     )
+
+
+@_on_its_device
+def _add_layer_norm_dropout_backward(problem: Any, *tensors: Tensor) -> None:
+    from leedl_fast.kernels import add_layer_norm
+
+    sizes = {"rows": problem.rows, "n": problem.n}
+    add_layer_norm.dropout_backward(*tensors, **sizes, dropout_p=problem.dropout_p)
 
 
 @_on_its_device
@@ -252,6 +279,57 @@ def _step(problem: Any, *tensors: Tensor | None) -> None:
     )
 
 
+@_on_its_device
+def _linear_cross_entropy_forward(
+    problem: Any,
+    loss: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+) -> None:
+    gradients = (dhidden, dweight, dbias) if problem.wants_gradients else (None, None, None)
+    losses = torch.empty(problem.rows, dtype=torch.float32, device=problem.device)
+    dlosses = torch.ones_like(losses)
+    if problem.reduction == "mean":  # the number of rows stays on the device
+        dlosses /= (targets != problem.ignore_index).sum()
+    _linear_cross_entropy(problem, losses, *gradients, dlosses, hidden, weight, bias, targets)
+    if problem.reduction == "none":
+        loss.copy_(losses)
+    elif problem.reduction == "sum":
+        loss.copy_(losses.sum())
+    else:
+        loss.copy_(losses.sum() / (targets != problem.ignore_index).sum())
+
+
+@_on_its_device
+def _linear_cross_entropy_backward(
+    problem: Any,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dloss: Tensor,
+    *inputs: Tensor | None,
+) -> None:
+    losses = torch.empty(problem.rows, dtype=torch.float32, device=problem.device)
+    _linear_cross_entropy(problem, losses, dhidden, dweight, dbias, dloss.float(), *inputs)
+
+
+def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
+    """tensors: losses, dhidden, dweight, dbias, dlosses, hidden, weight, bias, targets."""
+    from leedl_fast.kernels import linear_cross_entropy
+
+    losses, dhidden, dweight, dbias, *rest = tensors
+    linear_cross_entropy.run(
+        *(losses, dhidden, dweight, dbias if problem.has_bias else None, *rest),
+        ignore_index=problem.ignore_index,
+        label_smoothing=problem.label_smoothing,
+    )
+
+
 TABLE = MappingProxyType(
     {
         "attention": Implementation(
@@ -259,12 +337,21 @@ TABLE = MappingProxyType(
             _attention_unsupported,
             {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
         ),
+        "additive_attention": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "additive_attention_forward": _additive_attention_forward,
+                "additive_attention_backward": _additive_attention_backward,
+            },
+        ),
         "add_layer_norm": Implementation(
             "triton",
             _unsupported,
             {
                 "add_layer_norm_forward": _add_layer_norm_forward,
                 "add_layer_norm_backward": _add_layer_norm_backward,
+                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
             },
         ),
         "diffusion": Implementation(
@@ -276,6 +363,14 @@ TABLE = MappingProxyType(
                 "diffusion_noise_prediction_loss_forward": _loss_forward,
                 "diffusion_noise_prediction_loss_backward": _loss_backward,
                 "diffusion_step": _step,
+            },
+        ),
+        "linear_cross_entropy": Implementation(
+            "triton",
+            _unsupported,
+            {
+                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
             },
         ),
     }

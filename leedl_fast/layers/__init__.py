@@ -1,6 +1,7 @@
 """PyTorch modules on the fused ops, with the names and parameter layouts of torch.nn."""
 
 from leedl_fast.layers.add_layer_norm import AddLayerNorm
+from leedl_fast.layers.additive_attention import AdditiveAttention
 from leedl_fast.layers.attention import MultiHeadAttention
 from leedl_fast.layers.feed_forward import FeedForward
 from leedl_fast.layers.kv_cache import DecoderCache, KVCache
@@ -15,6 +16,7 @@ from leedl_fast.layers.transformer import (
 
 __all__ = [
     "AddLayerNorm",
+    "AdditiveAttention",
     "DecoderCache",
     "FeedForward",
     "KVCache",

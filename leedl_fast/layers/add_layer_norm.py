@@ -24,7 +24,8 @@ class AddLayerNorm(nn.Module):
 
     Shapes: x and residual (..., embed_dim); returns (normed, summed), both of x's shape. With
     residual=None nothing is added, and summed is x itself: so begins a stack of layers that hand
-    (branch, residual) on to each other.
+    (branch, residual) on to each other. A `dropout` module acts on x first; an nn.Dropout does so
+    inside the op, with a seed from torch's default generator.
     """
 
     def __init__(
@@ -69,9 +70,24 @@ class AddLayerNorm(nn.Module):
         copy.load_state_dict(module.state_dict())
         return copy.train(module.training)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, dropout: nn.Module | None = None
+    ) -> tuple[Tensor, Tensor]:
+        dropout_p = 0.0
+        if residual is not None and type(dropout) is nn.Dropout and dropout.p < 1:
+            dropout_p = dropout.p if dropout.training else 0.0
+        elif dropout is not None:
+            x = dropout(x)
         if residual is not None:
-            return add_layer_norm(x, residual, self.weight, self.bias, eps=self.eps, norm=self.norm)
+            return add_layer_norm(
+                x,
+                residual,
+                self.weight,
+                self.bias,
+                eps=self.eps,
+                norm=self.norm,
+                dropout_p=dropout_p,
+            )
         shape = (self.embed_dim,)
         if self.norm == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, self.eps), x

@@ -102,8 +102,8 @@ class TransformerEncoderLayer(nn.Module):
         if self.norm_first:
             branch, residual = self.forward_residual(x, None, key_lengths=key_lengths, cache=cache)
             return residual + branch
-        x, _ = self.norm1(self._attention(x, key_lengths, cache), x)
-        x, _ = self.norm2(self._feed_forward(x), x)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=cache), x, self.dropout1)
+        x, _ = self.norm2(self._feed_forward(x), x, self.dropout2)
         return x
 
     def forward_residual(
@@ -116,16 +116,12 @@ class TransformerEncoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self._attention(normed, key_lengths, cache)
-        normed, residual = self.norm2(branch, residual)
-        return self._feed_forward(normed), residual
-
-    def _attention(self, x: Tensor, key_lengths: Tensor | None, cache: KVCache | None) -> Tensor:
-        return self.dropout1(self.self_attn(x, key_lengths=key_lengths, cache=cache))
+        branch = self.self_attn(normed, key_lengths=key_lengths, cache=cache)
+        normed, residual = self.norm2(branch, residual, self.dropout1)
+        return self.dropout2(self._feed_forward(normed)), residual
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
-        return self.dropout2(hidden)
+        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -212,9 +208,11 @@ class TransformerDecoderLayer(nn.Module):
                 cache=cache,
             )
             return residual + branch
-        x, _ = self.norm1(self._self_attention(x, key_lengths, cache), x)
-        x, _ = self.norm2(self._cross_attention(x, memory, memory_lengths, cache), x)
-        x, _ = self.norm3(self._feed_forward(x), x)
+        own, kept = (None, None) if cache is None else (cache.self_attention, cache.memory)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=own), x, self.dropout1)
+        branch = self.multihead_attn(x, memory, key_lengths=memory_lengths, cache=kept)
+        x, _ = self.norm2(branch, x, self.dropout2)
+        x, _ = self.norm3(self._feed_forward(x), x, self.dropout3)
         return x
 
     def forward_residual(
@@ -229,31 +227,15 @@ class TransformerDecoderLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self._self_attention(normed, key_lengths, cache)
-        normed, residual = self.norm2(branch, residual)
-        branch = self._cross_attention(normed, memory, memory_lengths, cache)
-        normed, residual = self.norm3(branch, residual)
-        return self._feed_forward(normed), residual
-
-    def _self_attention(
-        self, x: Tensor, key_lengths: Tensor | None, cache: DecoderCache | None
-    ) -> Tensor:
-        own = None if cache is None else cache.self_attention
-        return self.dropout1(self.self_attn(x, key_lengths=key_lengths, cache=own))
-
-    def _cross_attention(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        memory_lengths: Tensor | None,
-        cache: DecoderCache | None,
-    ) -> Tensor:
-        kept = None if cache is None else cache.memory
-        return self.dropout2(self.multihead_attn(x, memory, key_lengths=memory_lengths, cache=kept))
+        own, kept = (None, None) if cache is None else (cache.self_attention, cache.memory)
+        branch = self.self_attn(normed, key_lengths=key_lengths, cache=own)
+        normed, residual = self.norm2(branch, residual, self.dropout1)
+        branch = self.multihead_attn(normed, memory, key_lengths=memory_lengths, cache=kept)
+        normed, residual = self.norm3(branch, residual, self.dropout2)
+        return self.dropout3(self._feed_forward(normed)), residual
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        hidden = feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
-        return self.dropout3(hidden)
+        return feed_forward(x, self.linear1, self.activation, self.dropout, self.linear2)
 
 
 class _Stack(nn.Module):

@@ -121,8 +121,8 @@ class GPT(nn.Module):
         return self.head(self.hidden(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token; targets (batch, seqlen) are the next tokens, or
-        -100 where there is nothing to learn.
+        """Mean cross-entropy in nats per token, without ever holding all logits;
+        targets (batch, seqlen) are the next tokens, or -100 where there is nothing to learn.
         """
         return linear_cross_entropy(self.hidden(tokens), self.head.weight, targets)
 

@@ -159,8 +159,8 @@ def _reference(
 
 
 def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    """out, and two numbers per row that a backend keeps for its own backward: on the CPU the
-    maximum of the scores (without the sum of score_weight) and the sum of their exponentials.
+    """out, and two numbers per row: the maximum of the scores, and the sum of the exponentials of
+    what they are below it. A row that sees no key has inf and 1.
     """
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
     statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(2)]

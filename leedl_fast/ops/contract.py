@@ -4,7 +4,7 @@ differentiable gradients.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -103,9 +103,9 @@ def resolver(op: str, check: Callable[..., Any]) -> Callable[..., tuple[Any, Imp
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """True when calls must go through torch's dispatcher: under torch.compile, or with fake and
-    proxy tensors."""
-    if torch.compiler.is_compiling():
+    """True when calls must go through torch's dispatcher: under torch.compile, under a functorch
+    transform, or with fake and proxy tensors."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return True
     # A loop, here and below, for a generator would cost as much as a small kernel.
     for tensor in tensors:  # noqa: SIM110
@@ -126,15 +126,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-class Function(torch.autograd.Function):
+class Function(torch.autograd.function._SingleLevelFunction):
     """An autograd node without the support for functorch that torch.autograd.Function looks for in
-    each argument of each call; under a functorch transform it fails as that one does."""
+    each argument of each call: `traced` sends those calls through the dispatcher."""
 
-    @classmethod
-    def apply(cls, *arguments: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*arguments)
-        return super(torch.autograd.Function, cls).apply(*arguments)  # type: ignore[misc]
+    apply: ClassVar[Callable[..., Any]]
 
 
 def reference_gradients(

@@ -152,7 +152,9 @@ def standard_normal(n: int, seeds: Tensor, streams: Tensor | None = None) -> Ten
     return torch.stack(numbers, dim=-1).flatten(1)[:, :n].contiguous()  # [batch, n]
 
 
-ATTENTION_STREAM = 1  # the counter's last word, which sets dropout in attention apart
+# The counter's last word sets these masks apart from each other and from noise.
+ATTENTION_STREAM = 1
+ADD_LAYER_NORM_STREAM = 2
 
 
 def dropout_threshold(dropout_p: float) -> int:
@@ -183,3 +185,18 @@ def attention_dropout_mask(
     words = philox4x32((block, query, head[:, None, None], stream), key)
     word = torch.stack(words, dim=-1).flatten(-2)[..., :seqlen_k]
     return (word >= dropout_threshold(dropout_p)).view(batch, num_heads, seqlen_q, seqlen_k)
+
+
+def add_layer_norm_dropout_mask(seed: Tensor, rows: int, n: int, dropout_p: float) -> Tensor:
+    """True where add_layer_norm keeps an element of the branch: (rows, n).
+
+    Column j of row i takes word j & 3 of the counter (j >> 2, i, i >> 32, ADD_LAYER_NORM_STREAM)
+    under the key `seed`.
+    """
+    key = (seed & _MASK, (seed >> 32) & _MASK)
+    block = torch.arange((n + 3) // 4, device=seed.device)
+    row = torch.arange(rows, device=seed.device)[:, None]
+    stream = torch.full_like(row, ADD_LAYER_NORM_STREAM)
+    words = philox4x32((block, row & _MASK, row >> 32, stream), key)
+    word = torch.stack(words, dim=-1).flatten(1)[:, :n]
+    return word >= dropout_threshold(dropout_p)

@@ -253,10 +253,15 @@ ADDITIVE_ATTENTION = (
 )
 
 
-def _add_layer_norm(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
-    x, residual = tensors["x"], tensors["residual"]
-    weight, bias = tensors.get("weight"), tensors.get("bias")
-    return add_layer_norm(x, residual, weight, bias, backend=backend, **options)
+def _add_layer_norm(
+    tensors: Tensors, backend: str | None, *, wide: tuple[str, ...] = (), **options: Any
+) -> tuple[Tensor, ...]:
+    """wide: what is float32 where the inputs are bfloat16 or float16."""
+    arguments: dict[str, Any] = {
+        name: tensor.float() if name in wide and tensor.dtype.itemsize == 2 else tensor
+        for name, tensor in tensors.items()
+    }
+    return add_layer_norm(**arguments, backend=backend, **options)
 
 
 def _add_layer_norm_case(
@@ -293,6 +298,15 @@ ADD_LAYER_NORM = (
     _add_layer_norm_case("huge", (9, 48), scale=1e4),
     _add_layer_norm_case("unaligned", (11, 50), offset=1),
     _add_layer_norm_case("no-rows", (0, 16)),
+    _add_layer_norm_case("dropout", (6, 64), dropout_p=0.3, seed=7),
+    _add_layer_norm_case("dropout-odd", (5, 3, 67), offset=1, dropout_p=0.1, seed=-1),
+    _add_layer_norm_case("dropout-parallel", (301, 259), dropout_p=0.5, seed=2**40 + 3),
+    _add_layer_norm_case("dropout-rms", (7, 1), bias=False, norm="rms", dropout_p=0.2, seed=0),
+    _add_layer_norm_case("wide-residual", (9, 50), wide=("residual",)),
+    _add_layer_norm_case("wide-parameters", (9, 50), wide=("weight", "bias")),
+    _add_layer_norm_case(
+        "wide-dropout", (9, 50), wide=("residual", "bias"), weight=False, dropout_p=0.2, seed=5
+    ),
 )
 
 
@@ -341,9 +355,9 @@ LINEAR_CROSS_ENTROPY = (
     ),
     _cross_entropy_case("smoothed", (130,), 24, 77, bias=True, label_smoothing=0.1),
     _cross_entropy_case("ignore-a-class", (90,), 32, 11, ignore_index=3),
-    _cross_entropy_case("many-rows", (1500,), 20, 65),
-    _cross_entropy_case("many-classes", (70,), 24, 9001, scale=0.3),
-    _cross_entropy_case("deep", (60,), 700, 150, scale=0.2, bias=True),
+    _cross_entropy_case("many-rows", (1500,), 10, 65),
+    _cross_entropy_case("many-classes", (70,), 8, 9001, scale=0.3),
+    _cross_entropy_case("deep", (60,), 600, 150, scale=0.2, bias=True),
     _cross_entropy_case("huge-logits", (60,), 64, 100, scale=10.0),
     _cross_entropy_case("unaligned", (33,), 21, 50, offset=1, bias=True),
     _cross_entropy_case("all-ignored-sum", (9,), 8, 5, reduction="sum", ignored="all"),
@@ -441,4 +455,10 @@ DIFFUSION = (
     ),
 )
 
-CASES = (*ATTENTION, *ADD_LAYER_NORM, *DIFFUSION)
+CASES = (
+    *ATTENTION,
+    *ADDITIVE_ATTENTION,
+    *ADD_LAYER_NORM,
+    *DIFFUSION,
+    *LINEAR_CROSS_ENTROPY,
+)

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels import add_layer_norm as add_layer_norm_kernels
+from leedl_fast.kernels import add_layer_norm as forward_kernels
+from leedl_fast.kernels import add_layer_norm_backward as backward_kernels
 from leedl_fast.kernels import attention_tiles
-from leedl_fast.ops import attention, diffusion
+from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.testing.compare import (
     allowed_error,
     max_error,
@@ -32,11 +33,31 @@ TOO_LONG = {
     "attention-window-more-keys",
     "attention-window-fewer-keys",
     "attention-one-query",
+    "additive_attention-causal",
+    "additive_attention-full",
+    "additive_attention-full-long",
+    "additive_attention-gqa",
+    "additive_attention-head-dim-300",
+    "additive_attention-huge",
+    "additive_attention-key-lengths",
+    "additive_attention-key-lengths-window",
+    "additive_attention-mqa-window",
+    "additive_attention-one-query",
+    "additive_attention-saturated",
+    "additive_attention-transposed",
+    "additive_attention-unaligned",
+    "additive_attention-value-narrower",
+    "additive_attention-value-wider",
+    "additive_attention-window",
+    "additive_attention-window-fewer-keys",
+    "additive_attention-window-more-keys",
     "add_layer_norm-many-rows",
     "add_layer_norm-parallel",
+    "add_layer_norm-dropout-parallel",
     "diffusion-add_noise-parallel",
     "diffusion-noise_prediction_loss-sum",
     "diffusion-ddpm_step-parallel",
+    "linear_cross_entropy-many-rows",
 }
 SHORT = [case for case in CASES if str(case) not in TOO_LONG]
 # One number of the inputs' dtype is loaded and stored like another, whatever the sizes.
@@ -47,12 +68,18 @@ IN_HALF = {
     "attention-key-lengths-window",
     "attention-value-narrower",
     "attention-huge-scores",
+    "additive_attention-full-odd",
     "add_layer_norm-one",
     "add_layer_norm-odd",
     "add_layer_norm-rms-bias",
+    "add_layer_norm-dropout-odd",
+    "add_layer_norm-wide-parameters",
+    "add_layer_norm-wide-dropout",
     "diffusion-add_noise-noise",
     "diffusion-noise_prediction_loss-v_prediction",
     "diffusion-ddpm_step-guidance-clip",
+    "linear_cross_entropy-odd",
+    "linear_cross_entropy-none-smoothed",
 }
 
 
@@ -82,15 +109,35 @@ def test_conformance_in_half_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["plain", "rms-bias", "no-weight", "odd"], ids=lambda name: f"add_layer_norm-{name}"
+    "name",
+    ["plain", "rms-bias", "no-weight", "odd", "dropout-odd"],
+    ids=lambda name: f"add_layer_norm-{name}",
 )
 def test_rows_longer_than_the_registers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels for such rows, on rows of a few blocks."""
-    monkeypatch.setattr(add_layer_norm_kernels, "_MAX_FORWARD_N", 16)
-    monkeypatch.setattr(add_layer_norm_kernels, "_MAX_BACKWARD_N", 16)
-    monkeypatch.setattr(add_layer_norm_kernels, "_WIDE_BLOCK", 32)
+    for kernels in (forward_kernels, backward_kernels):
+        monkeypatch.setattr(kernels, "_MAX_N", 16)
+        monkeypatch.setattr(kernels, "_WIDE_BLOCK", 32)
     (case,) = (case for case in CASES if str(case) == f"add_layer_norm-{name}")
     _check(case, torch.float32)
+
+
+@pytest.mark.parametrize("n", [1, 6, 64, 133])
+def test_dropout_drops_what_the_cpu_backend_drops(n: int) -> None:
+    x = torch.rand(21, n) + 1
+    options = {"dropout_p": 0.3, "seed": 2**45 + 9}
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        _, summed = add_layer_norm(leaf, torch.zeros_like(x), **options, backend=name)
+        return summed == 0, torch.autograd.grad(summed.sum(), leaf)[0] == 0
+
+    of_cpu = run("cpu")
+    assert of_cpu[0].any()
+    for mask, expected in zip(
+        (*run("triton"), *run("eager"), of_cpu[1]), of_cpu * 2 + of_cpu[:1], strict=True
+    ):
+        assert torch.equal(mask, expected)
 
 
 needs_exact_fma = pytest.mark.skipif(

@@ -18,10 +18,13 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from leedl_fast.kernels import (
     add_layer_norm,
+    add_layer_norm_backward,
+    additive_attention,
     attention,
     attention_backward,
     attention_tiles,
     diffusion,
+    linear_cross_entropy,
 )
 
 TARGETS = {
@@ -87,14 +90,39 @@ def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
     return launch
 
 
-def _add_layer_norm(dtype: torch.dtype, n: int) -> Launch:
-    x, weight, row = torch.empty(64, n, dtype=dtype), torch.empty(n, dtype=dtype), torch.empty(64)
+def _additive_attention(dtype: torch.dtype, head_dim: int) -> Launch:
+    q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
+    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
+    weight, dweight = torch.empty(4, head_dim, dtype=dtype), torch.empty(4, head_dim)
+    rows, lengths = torch.empty(2, 4, 1024), torch.empty(2, dtype=torch.int64)
+    options = {"window_left": 128, "window_right": 0}
 
     def launch() -> None:
-        add_layer_norm.forward(x, x, row, row, x, x, weight, weight, eps=1e-5, is_rms=False)
-        add_layer_norm.backward(
-            x, weight, weight, x, x, x, row, row, weight, rows=64, n=n, is_rms=False
+        additive_attention.forward(q, rows, rows, q, k, k, weight, lengths, **options)
+        additive_attention.backward(
+            *(q, k, k, dweight, q, q, k, k, weight, lengths, rows, rows), **options
         )
+
+    return launch
+
+
+def _add_layer_norm(
+    dtype: torch.dtype, n: int, residual_dtype: torch.dtype | None = None, dropout_p: float = 0.0
+) -> Launch:
+    x, residual = torch.empty(64, n, dtype=dtype), torch.empty(64, n, dtype=residual_dtype or dtype)
+    weight = torch.empty(n, dtype=dtype)
+    seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
+    options = {"eps": 1e-5, "is_rms": False}
+
+    def launch() -> None:
+        add_layer_norm.forward(
+            *(x, residual, x, residual, weight, weight, seed), **options, dropout_p=dropout_p
+        )
+        add_layer_norm_backward.backward(
+            *(residual, weight, weight, x, residual, residual, weight), rows=64, n=n, **options
+        )
+        if seed is not None:
+            add_layer_norm.dropout_backward(x, residual, seed, rows=64, n=n, dropout_p=dropout_p)
 
     return launch
 
@@ -126,13 +154,45 @@ def _diffusion(dtype: torch.dtype) -> Launch:
     return launch
 
 
+def _linear_cross_entropy(dtype: torch.dtype, vocab_size: int, smoothing: float = 0.0) -> Launch:
+    hidden, weight = torch.zeros(3, 8, dtype=dtype), torch.zeros(vocab_size, 8, dtype=dtype)
+    rows, targets = torch.empty(3), torch.zeros(3, dtype=torch.int64)
+    gradients = torch.empty(3, 8), torch.empty(vocab_size, 8), None
+
+    def launch() -> None:
+        for outputs in (gradients, (None, None, None)):
+            linear_cross_entropy.run(
+                *(rows, *outputs, rows, hidden, weight, None, targets),
+                ignore_index=-100,
+                label_smoothing=smoothing,
+            )
+
+    return launch
+
+
 CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-bfloat16-64", _attention(bfloat16, 64), tuple(TARGETS)),
     ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
+    ("additive_attention-bfloat16-64", _additive_attention(bfloat16, 64), tuple(TARGETS)),
+    ("additive_attention-float32-64", _additive_attention(float32, 64), ("sm_90",)),
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
+    (
+        "add_layer_norm-bfloat16-float32-1024-dropout",
+        _add_layer_norm(bfloat16, 1024, float32, 0.1),
+        tuple(TARGETS),
+    ),
+    ("add_layer_norm-float32-8192-dropout", _add_layer_norm(float32, 8192, None, 0.1), ("sm_90",)),
+    (
+        "add_layer_norm-bfloat16-40000-dropout",
+        _add_layer_norm(bfloat16, 40000, None, 0.1),
+        ("sm_90",),
+    ),
     ("add_layer_norm-bfloat16-40000", _add_layer_norm(bfloat16, 40000), tuple(TARGETS)),
+    ("linear_cross_entropy-bfloat16-100", _linear_cross_entropy(bfloat16, 100), tuple(TARGETS)),
+    ("linear_cross_entropy-float32-30522", _linear_cross_entropy(float32, 30522), tuple(TARGETS)),
+    ("linear_cross_entropy-smoothed", _linear_cross_entropy(float32, 9000, 0.1), ("sm_90",)),
     ("diffusion-float32", _diffusion(float32), tuple(TARGETS)),
     ("diffusion-bfloat16", _diffusion(bfloat16), ("sm_90",)),
 ]
@@ -158,6 +218,6 @@ def test_kernels_compile_without_spills(launch: Launch, target: str, tmp_path: P
 def test_spills_are_seen(tmp_path: Path) -> None:
     """The check above finds the spills of rows too long for the registers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(add_layer_norm, "_MAX_FORWARD_N", 32768)
+        patch.setattr(add_layer_norm, "_MAX_N", 32768)
         kernels = _compile(TARGETS["sm_90"], _add_layer_norm(float32, 32768))
     assert _spilled(kernels[0], tmp_path) > 0

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from leedl_fast import use_backend
 from leedl_fast.layers import (
     AddLayerNorm,
     TransformerDecoder,
@@ -198,6 +199,23 @@ def test_dropout_acts_where_torchs_does(norm_first):
             setattr(module, name, Scale(1 / factor))
             setattr(layer, name, Scale(1 / factor))
         torch.testing.assert_close(layer(*inputs), module(*inputs))
+
+
+@norm_orders
+def test_dropout_is_that_of_eager_mode_and_off_in_evaluation(norm_first):
+    x, memory = x_and_memory()
+    for kind, inputs in ((TransformerEncoderLayer, (x,)), (TransformerDecoderLayer, (x, memory))):
+        layer = kind(WIDTH, HEADS, dropout=0.4, norm_first=norm_first)
+        outputs = []
+        for backend in ("cpu", "eager"):
+            torch.manual_seed(1)
+            with use_backend(backend):
+                outputs.append(layer(*inputs))
+                assert not torch.equal(layer(*inputs), outputs[-1])  # another draw
+        torch.testing.assert_close(*outputs)
+        layer.eval()
+        assert torch.equal(layer(*inputs), layer(*inputs))
+        assert not torch.allclose(layer(*inputs), outputs[0])
 
 
 def test_dropout_probability_is_copied():

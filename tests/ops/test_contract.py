@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 import leedl_fast
-from leedl_fast import add_layer_norm, attention, diffusion, use_backend
+from leedl_fast import (
+    add_layer_norm,
+    additive_attention,
+    attention,
+    diffusion,
+    linear_cross_entropy,
+    use_backend,
+)
 from leedl_fast.backends import select
 from leedl_fast.ops.contract import OPERATORS
 from leedl_fast.testing.compare import poisoned_outputs
@@ -30,6 +37,8 @@ def _randn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Inpu
 QKV = ((2, 4, 5, 3), (2, 2, 7, 3), (2, 2, 7, 2))
 LAYER_NORM = ((2, 3, 5), (2, 3, 5), (5,), (5,))
 IMAGES = ((2, 3, 2), (2, 3, 2))
+HEAD = ((5, 4), (7, 4), (7,))
+TARGETS = torch.tensor([3, -100, 0, 6, 3])
 CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
     "attention": (
         QKV,
@@ -39,7 +48,21 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
         QKV,
         lambda *x: attention(*x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"),
     ),
+    "additive_attention": (
+        (*QKV, (3,)),
+        lambda *x: additive_attention(*x, window=(3, 2), backend="cpu"),
+    ),
+    "additive_attention-key-lengths": (
+        (*QKV, (4, 3)),
+        lambda *x: additive_attention(
+            *x, causal=True, key_lengths=TIMESTEPS.clamp(max=7), backend="cpu"
+        ),
+    ),
     "layer_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, backend="cpu")),
+    "layer_norm-dropout": (
+        LAYER_NORM,
+        lambda *x: add_layer_norm(*x, dropout_p=0.4, seed=3, backend="cpu"),
+    ),
     "rms_norm": (LAYER_NORM, lambda *x: add_layer_norm(*x, norm="rms", backend="cpu")),
     "add_noise": (
         IMAGES[:1],
@@ -68,6 +91,16 @@ CALLS: dict[str, tuple[tuple[tuple[int, ...], ...], Callable]] = {
             unconditional_output=u,
             guidance_scale=2.0,
             backend="cpu",
+        ),
+    ),
+    "linear_cross_entropy": (
+        HEAD,
+        lambda h, w, b: linear_cross_entropy(h, w, TARGETS, bias=b, backend="cpu"),
+    ),
+    "linear_cross_entropy-none": (
+        HEAD[:2],
+        lambda h, w: linear_cross_entropy(
+            h, w, TARGETS, reduction="none", label_smoothing=0.1, backend="cpu"
         ),
     ),
 }
@@ -113,12 +146,14 @@ def test_compiles_to_one_graph(name: str, dynamic: bool) -> None:
 def _operator_inputs(name: str, grad: bool) -> tuple:
     """Arguments of the operator `name`, float32, with the backend last."""
     q, k, v = (x.detach().requires_grad_(grad) for x in _randn(*QKV, dtype=torch.float32))
+    (score_weight,) = (x.detach().requires_grad_(grad) for x in _randn((4, 3), dtype=torch.float32))
     x, residual, weight, bias = (
         x.detach().requires_grad_(grad) for x in _randn(*LAYER_NORM, dtype=torch.float32)
     )
     model_output, sample = (
         x.detach().requires_grad_(grad) for x in _randn(*IMAGES, dtype=torch.float32)
     )
+    head = tuple(x.detach().requires_grad_(grad) for x in _randn(*HEAD, dtype=torch.float32))
     out, lse = torch.rand(2, 4, 5, 2), torch.rand(2, 4, 5)
     two, six = torch.rand(2, 2, dtype=torch.float64), torch.rand(2, 6, dtype=torch.float64)
     options = (0.5, 3, 2, "softmax", None, 0.0, False)
@@ -129,17 +164,25 @@ def _operator_inputs(name: str, grad: bool) -> tuple:
             *(out, lse, q, k, v, None, None, None, lengths, None, None, None, out, lse, lse + 1),
             *options,
         ),
-        "add_layer_norm_forward": (x, residual, weight, bias, 1e-5, "layer"),
-        "add_layer_norm_backward": (
-            *(x, residual, x, torch.rand(6), torch.rand(6), weight, bias),
-            *(1e-5, "layer"),
+        "additive_attention_forward": (q, k, v, score_weight, lengths, 3, 2),
+        "additive_attention_backward": (
+            *(out, q, k, v, score_weight, lengths, out, lse, lse + 1),
+            *(3, 2),
         ),
+        "add_layer_norm_forward": (x, residual, weight, bias, SEEDS[:1], 1e-5, "layer", 0.3),
+        "add_layer_norm_backward": (*(x, residual, x, weight, bias, 1e-5, "layer"),),
+        "add_layer_norm_dropout_backward": (x, SEEDS[:1], torch.bfloat16, 0.3),
         "diffusion_randn": (SEEDS, (2, 5), torch.float32),
         "diffusion_add_noise": (sample, None, two, SEEDS),
         "diffusion_noise_prediction_loss_forward": (model_output, sample, None, two, SEEDS),
         "diffusion_noise_prediction_loss_backward": (
             *(model_output, sample, None, two),
             *(torch.rand(2, dtype=torch.float64), SEEDS),
+        ),
+        "linear_cross_entropy_forward": (*head, TARGETS, -100, "mean", 0.1, grad),
+        "linear_cross_entropy_backward": (
+            *(torch.rand(5), *head, TARGETS),
+            *(-100, "none", 0.1, False),
         ),
         "diffusion_step": (model_output, None, sample, None, six, SEEDS, TIMESTEPS, 1.0, None),
     }

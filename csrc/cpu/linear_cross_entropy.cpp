@@ -1,0 +1,208 @@
+// A linear layer with the cross-entropy of its logits, and the gradients; the formulas stand in
+// leedl_fast/reference/linear_cross_entropy.py.
+//
+// Rows whose target is ignored are left out first. The others come in chunks of kChunkRows, classes in blocks of
+// kBlockClasses. The logits are made transposed, class by class with the rows of a chunk side by side: so sums over
+// classes are sums of whole vectors, and the logits' gradient is the left operand of both products that follow, of
+// dweight as it lies (a row for each class) and of dhidden read column by column; it is never packed.
+//
+// A task is one slice of the classes for one group of chunks. Per chunk it makes its logits, replaces them by
+// exp(logit - maximum of the block) and keeps the sums; when all slices have, lse is known, and a factor per row and
+// block makes probabilities out of them. It then adds to its own rows of dweight, and to a dhidden of its own; these are
+// added up slice by slice, and the groups' dweight group by group. Few classes make few slices, then several groups work
+// at once. How many of both depends on the sizes alone, so threads change no result.
+//
+// Bytes, for float and 256 features: a block of logits 98 K, the packed hidden rows 224 K for each product, the packed
+// weights 112 K, the partial dhidden 224 K: each product has its operands in a second-level cache of 1 M. More features
+// than kDepth are taken kDepth at a time.
+#include <omp.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "bindings.h"
+#include "huge_pages.h"
+#include "linear_cross_entropy_tasks.h"
+
+namespace leedl {
+namespace {
+
+constexpr int64_t kSerialProducts = 200000;  // smaller problems are done before a second thread has woken up
+
+template <typename X>
+class Run {
+ public:
+  using T = Accumulate<X>;
+
+  explicit Run(const LinearCrossEntropy<X>& args)
+      : args_(args), plan_(args), losses_(plan_.kept.size()), tasks_(args, plan_, losses_.data()) {}
+
+  void run() {
+    const bool parallel = plan_.rows() * args_.classes * args_.features >= kSerialProducts;
+    const int threads = parallel ? std::max(args_.num_threads, 1) : 1;
+    const int64_t chunks = plan_.slices == 1 ? threads : plan_.groups;
+    const int64_t chunk_size = ChunkMemory<T>(nullptr, plan_).size, scratch_size = Scratch<T>(nullptr, plan_).size;
+    const int64_t count = chunks * chunk_size + threads * scratch_size + partial_size();
+    const Buffer<T> memory = allocate<T>(count);
+    advise_huge_pages(memory.get(), count * static_cast<int64_t>(sizeof(T)));
+    for (int64_t i = 0; i < chunks; ++i) memories_.emplace_back(memory.get() + i * chunk_size, plan_);
+    T* const scratches = memory.get() + chunks * chunk_size;
+    make_partials(scratches + threads * scratch_size);
+    if (plan_.gradients) clear_gradients();
+
+#pragma omp parallel num_threads(threads) if (parallel)
+    {
+      const Scratch<T> scratch(scratches + omp_get_thread_num() * scratch_size, plan_);
+      if (plan_.slices == 1) {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t group = 0; group < plan_.groups; ++group) {
+          for (int64_t step = 0; step < plan_.steps; ++step) {
+            run_alone({plan_.chunk(step, group), step == 0, memories_[omp_get_thread_num()], partials_[group]}, scratch);
+          }
+        }
+      } else {
+        for (int64_t step = 0; step < plan_.steps; ++step) run_together(step, scratch);
+      }
+      if (plan_.gradients && plan_.groups > 1) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < args_.classes; ++i) add_groups(i);
+      }
+    }
+    if (args_.loss != nullptr) write_loss();
+  }
+
+ private:
+  static constexpr int64_t kLanes = Vec<T>::kSize;
+  static constexpr int64_t kLaneGroups = kChunkRows / kLanes;  // of the rows of a chunk
+
+  // A chunk whose classes are one slice.
+  void run_alone(const Work<T>& work, const Scratch<T>& scratch) {
+    const int64_t rows = work.chunk.rows;
+    for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.pack_hidden(work, lane, scratch);
+    tasks_.make_logits(work, 0, scratch);
+    for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.make_losses(work, lane);
+    if (!plan_.gradients) return;
+    tasks_.make_gradients(work, 0, scratch);
+    for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.add_slices(work, lane);
+  }
+
+  // A chunk of each group, by all threads.
+  void run_together(int64_t step, const Scratch<T>& scratch) {
+    const auto for_lanes = [&](int64_t i, const auto& body) {
+      const Work<T> work = this->work(step, i / kLaneGroups);
+      const int64_t lane = i % kLaneGroups * kLanes;
+      if (lane < work.chunk.rows) body(work, lane);
+    };
+    const int64_t packs = plan_.groups * kLaneGroups, tasks = plan_.groups * plan_.slices;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < packs; ++i) {
+      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.pack_hidden(work, lane, scratch); });
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) tasks_.make_logits(work(step, i / plan_.slices), i % plan_.slices, scratch);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < packs; ++i) {
+      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.make_losses(work, lane); });
+    }
+    if (!plan_.gradients) return;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) tasks_.make_gradients(work(step, i / plan_.slices), i % plan_.slices, scratch);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < packs; ++i) {
+      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.add_slices(work, lane); });
+    }
+  }
+
+  Work<T> work(int64_t step, int64_t group) const {
+    return {plan_.chunk(step, group), step == 0, memories_[group], partials_[group]};
+  }
+
+  int64_t partial_size() const {
+    return plan_.gradients ? std::max<int64_t>(plan_.groups - 1, 0) * args_.classes * (args_.features + 1) : 0;
+  }
+
+  void make_partials(T* base) {
+    if (plan_.groups > 0) partials_.push_back({args_.dweight, args_.dbias});
+    for (int64_t i = 1; i < plan_.groups; ++i) {
+      T* const dweight = plan_.gradients ? base + (i - 1) * args_.classes * (args_.features + 1) : nullptr;
+      partials_.push_back({dweight, plan_.gradients ? dweight + args_.classes * args_.features : nullptr});
+    }
+  }
+
+  // dweight and dbias of one class: the sum over the groups.
+  void add_groups(int64_t index) {
+    const int64_t n = args_.features;
+    for (size_t group = 1; group < partials_.size(); ++group) {
+      const T* const from = partials_[group].dweight + index * n;
+      for (int64_t i = 0; i < n; ++i) args_.dweight[index * n + i] += from[i];
+      if (args_.dbias != nullptr) args_.dbias[index] += partials_[group].dbias[index];
+    }
+  }
+
+  // What no task writes: the gradients of ignored rows, and all of them where there are no others.
+  void clear_gradients() {
+    size_t next = 0;
+    for (int64_t row = 0; row < args_.rows; ++row) {
+      if (next < plan_.kept.size() && plan_.kept[next] == row) {
+        ++next;
+      } else {
+        std::fill_n(args_.dhidden + row * args_.features, args_.features, T(0));
+      }
+    }
+    if (!plan_.kept.empty()) return;
+    std::fill_n(args_.dweight, args_.classes * args_.features, T(0));
+    if (args_.dbias != nullptr) std::fill_n(args_.dbias, args_.classes, T(0));
+  }
+
+  void write_loss() const {
+    if (args_.per_row) {
+      for (int64_t row = 0; row < args_.rows; ++row) store_number(T(0), args_.loss + row);
+      for (size_t i = 0; i < plan_.kept.size(); ++i) store_number(losses_[i], args_.loss + plan_.kept[i]);
+    } else {
+      double sum = 0, lost = 0;  // Kahan's sum: what rounding has taken is subtracted from the next loss
+      for (const T loss : losses_) {
+        const double next = static_cast<double>(loss) - lost, total = sum + next;
+        lost = std::isfinite(total) ? (total - sum) - next : 0;
+        sum = total;
+      }
+      store_number(static_cast<T>(args_.mean ? sum / static_cast<double>(plan_.rows()) : sum), args_.loss);
+    }
+  }
+
+  static void store_number(T x, X* p) { Vec<T>::broadcast(x).store_first(p, 1); }
+
+  const LinearCrossEntropy<X>& args_;
+  const Plan plan_;
+  std::vector<T> losses_;  // of the kept rows
+  LinearCrossEntropyTasks<X> tasks_;
+  std::vector<ChunkMemory<T>> memories_;
+  std::vector<Partial<T>> partials_;
+};
+
+// `loss` or `dhidden` and `dweight` may be null, and are not made; dloss null means 1.
+void linear_cross_entropy(int dtype, std::uintptr_t loss, std::uintptr_t dhidden, std::uintptr_t dweight,
+                          std::uintptr_t dbias, std::uintptr_t dloss, std::uintptr_t hidden, std::uintptr_t weight,
+                          std::uintptr_t bias, std::uintptr_t targets, int64_t rows, int64_t features, int64_t classes,
+                          int64_t hidden_stride, int64_t weight_stride, int64_t ignore_index, bool per_row, bool mean,
+                          double label_smoothing, int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using X = typename decltype(tag)::Type;
+    using T = Accumulate<X>;
+    const LinearCrossEntropy<X> args = {
+        pointer<X>(loss), pointer<T>(dhidden), pointer<T>(dweight), pointer<T>(dbias), pointer<const X>(dloss),
+        pointer<const X>(hidden), pointer<const X>(weight), pointer<const X>(bias), pointer<const int64_t>(targets),
+        rows, features, classes, hidden_stride, weight_stride, ignore_index, per_row, mean, label_smoothing,
+        num_threads};
+    Run<X>(args).run();
+  });
+}
+
+}  // namespace
+
+void bind_linear_cross_entropy(pybind11::module_& m) {
+  m.def("linear_cross_entropy", &linear_cross_entropy, pybind11::call_guard<pybind11::gil_scoped_release>());
+}
+
+}  // namespace leedl

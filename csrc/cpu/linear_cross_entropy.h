@@ -1,0 +1,171 @@
+// linear_cross_entropy.cpp: how a problem is cut into tasks, and the memory that they work in.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "dtypes.h"
+#include "gemm.h"
+#include "memory.h"
+
+namespace leedl {
+
+constexpr int64_t kChunkRows = kTileRows == 14 ? 224 : 240;
+constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 96;
+constexpr int64_t kDepth = 256;
+constexpr int64_t kPitch = kDepth + 16;  // of packed weights: an odd number of cache lines, to spread over the sets
+constexpr int64_t kTasks = 24;           // many divisors: few numbers of threads leave one idle
+static_assert(kChunkRows % kTileRows == 0 && kBlockClasses % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0);
+
+// X is the dtype of hidden, weight and bias. Everything is computed in T, and so are the gradients kept.
+template <typename X>
+struct LinearCrossEntropy {
+  using T = Accumulate<X>;
+
+  // loss is (rows) where per_row, else a scalar; null where it is not wanted. So are dhidden (rows, features), dweight
+  // (classes, features) and dbias (classes), contiguous; they are made all three or none, but for dbias.
+  X* loss;
+  T* dhidden;
+  T* dweight;
+  T* dbias;
+  const X* dloss;  // (rows) where per_row, else null for 1
+  const X* hidden;
+  const X* weight;
+  const X* bias;  // (classes) or null
+  const int64_t* targets;
+  int64_t rows, features, classes, hidden_stride, weight_stride, ignore_index;
+  bool per_row, mean;
+  double label_smoothing;
+  int num_threads;
+};
+
+constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
+
+// Calls body(height) with the lowest tile of at least `rows` rows: rows that are missing cost as much as others.
+template <typename Body>
+inline void with_tile_height(int64_t rows, const Body& body) {
+  constexpr int64_t kQuarter = divide_up(kTileRows, 4);
+  if (rows <= kQuarter) {
+    body(std::integral_constant<int64_t, kQuarter>());
+  } else if (rows <= 2 * kQuarter) {
+    body(std::integral_constant<int64_t, 2 * kQuarter>());
+  } else {
+    body(std::integral_constant<int64_t, kTileRows>());
+  }
+}
+
+// The rows of a group's chunk: kept[first], kept[first + 1], ...
+struct Chunk {
+  int64_t first, rows;
+};
+
+// Depends on the sizes alone, not on the number of threads.
+struct Plan {
+  bool gradients;
+  int64_t features, classes;
+  int64_t pitch;              // of features in whole vectors
+  std::vector<int64_t> kept;  // the rows that are not ignored
+  int64_t chunks, blocks, slices, groups;
+  int64_t steps;  // chunks of a group, at most
+
+  template <typename X>
+  explicit Plan(const LinearCrossEntropy<X>& args)
+      : gradients(args.dweight != nullptr),
+        features(args.features),
+        classes(args.classes),
+        pitch(round_up(features, Vec<Accumulate<X>>::kSize)) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+      if (args.targets[row] != args.ignore_index) kept.push_back(row);
+    }
+    chunks = divide_up(rows(), kChunkRows);
+    blocks = divide_up(classes, kBlockClasses);
+    slices = std::min(blocks, kTasks);
+    groups = std::min(chunks, kTasks / slices);
+    steps = groups > 0 ? divide_up(chunks, groups) : 0;
+  }
+
+  int64_t rows() const { return static_cast<int64_t>(kept.size()); }
+
+  Chunk chunk(int64_t step, int64_t group) const {
+    const int64_t index = group * chunks / groups + step;
+    if (index >= (group + 1) * chunks / groups) return {0, 0};
+    return {index * kChunkRows, std::min(kChunkRows, rows() - index * kChunkRows)};
+  }
+
+  // Calls body(first class, classes, block) for the blocks of a slice.
+  template <typename Body>
+  void for_each_block(int64_t slice, const Body& body) const {
+    for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
+      body(block * kBlockClasses, std::min(kBlockClasses, classes - block * kBlockClasses), block);
+    }
+  }
+};
+
+// The memory of a chunk: of one group, or of one thread where a group is one task.
+template <typename T>
+struct ChunkMemory {
+  T* columns;        // hidden^T: [kChunkRows / W] panels of [features][W]
+  T* panels;         // hidden: [pitch / W] panels of [kChunkRows][W]
+  T* logits;         // [blocks][kBlockClasses][kChunkRows], then exp(logit - maximum), then the gradient
+  T* maxima;         // [blocks][kChunkRows] largest logits, then what makes probabilities of the block
+  T* sums;           // [blocks][kChunkRows] sums of exp(logit - maximum)
+  T* logit_sums;     // [blocks][kChunkRows], with label smoothing alone
+  T* target_logits;  // [kChunkRows], NaN where a target is no class
+  T* dlosses;        // [kChunkRows], 0 beyond the last row
+  T* dhidden;        // [slices][kChunkRows][pitch]
+  int64_t size;
+
+  ChunkMemory(T* base, const Plan& plan) {
+    const int64_t statistics = plan.blocks * kChunkRows;
+    Arena<T> arena(base);
+    columns = arena.take(kChunkRows * plan.features);
+    panels = arena.take(plan.gradients ? kChunkRows * plan.pitch : 0);
+    logits = arena.take(plan.gradients ? statistics * kBlockClasses : 0);
+    maxima = arena.take(statistics);
+    sums = arena.take(statistics);
+    logit_sums = arena.take(statistics);
+    target_logits = arena.take(kChunkRows);
+    dlosses = arena.take(kChunkRows);
+    dhidden = arena.take(plan.gradients ? plan.slices * kChunkRows * plan.pitch : 0);
+    size = arena.taken();
+  }
+};
+
+// What a group adds to; of the first group, the outputs.
+template <typename T>
+struct Partial {
+  T* dweight;  // [classes][features]
+  T* dbias;    // [classes]
+};
+
+// One chunk of one group.
+template <typename T>
+struct Work {
+  Chunk chunk;
+  bool first;  // of the group's chunks
+  const ChunkMemory<T>& memory;
+  const Partial<T>& partial;
+};
+
+// The memory of one thread.
+template <typename T>
+struct Scratch {
+  T* rows;     // [W][pitch] of hidden
+  T* strip;    // [kTileRows][kPitch] of weight
+  T* weights;  // [kDepth / W] panels of [kBlockClasses][W]
+  T* logits;   // [kBlockClasses][kChunkRows], where a group keeps none
+  int64_t size;
+
+  Scratch(T* base, const Plan& plan) {
+    Arena<T> arena(base);
+    rows = arena.take(Vec<T>::kSize * plan.pitch);
+    strip = arena.take(kTileRows * kPitch);
+    weights = arena.take(plan.gradients ? kDepth * kBlockClasses : 0);
+    logits = arena.take(plan.gradients ? 0 : kBlockClasses * kChunkRows);
+    size = arena.taken();
+  }
+};
+
+}  // namespace leedl

@@ -1,0 +1,268 @@
+// linear_cross_entropy.cpp: what is done with one chunk of rows. For all its rows pack_hidden, for all classes make_logits,
+// for all rows make_losses, for all classes make_gradients, and for all rows add_slices, one after the other.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "linear_cross_entropy.h"
+#include "simd.h"
+
+namespace leedl {
+
+template <typename X>
+class LinearCrossEntropyTasks {
+ public:
+  using T = Accumulate<X>;
+  static constexpr int64_t kLanes = Vec<T>::kSize;
+
+  // losses: of plan.kept; make_losses fills them.
+  LinearCrossEntropyTasks(const LinearCrossEntropy<X>& args, const Plan& plan, T* losses)
+      : args_(args), plan_(plan), smoothing_(static_cast<T>(args.label_smoothing)), losses_(losses) {}
+
+  // A lane group of rows of the hidden states, in both packings, and the gradient of each row's loss.
+  void pack_hidden(const Work<T>& work, int64_t begin, const Scratch<T>& scratch) {
+    const ChunkMemory<T>& memory = work.memory;
+    const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
+    std::fill_n(memory.dlosses + begin, kLanes, T(0));
+    std::fill_n(memory.target_logits + begin, kLanes, std::numeric_limits<T>::quiet_NaN());
+    const T scale = args_.mean ? T(1) / static_cast<T>(plan_.rows()) : T(1);
+    const int64_t* const kept = plan_.kept.data() + work.chunk.first + begin;
+    for (int64_t i = 0; i < rows; ++i) {
+      memory.dlosses[begin + i] = args_.dloss != nullptr ? load_number(args_.dloss + kept[i]) : scale;
+    }
+    if constexpr (std::is_same_v<X, T>) {
+      if (kept[rows - 1] == kept[0] + rows - 1) {
+        pack_lanes(memory, begin, args_.hidden + kept[0] * args_.hidden_stride, args_.hidden_stride, rows);
+        return;
+      }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const X* const row = args_.hidden + kept[i] * args_.hidden_stride;
+      pack_panels(scratch.rows + i * plan_.pitch, kLanes, row, 0, 1, args_.features);
+    }
+    pack_lanes(memory, begin, scratch.rows, plan_.pitch, rows);
+  }
+
+  // The logits of a slice, replaced by exp(logit - maximum of the block), and the statistics of each block.
+  void make_logits(const Work<T>& work, int64_t slice, const Scratch<T>& scratch) {
+    const ChunkMemory<T>& memory = work.memory;
+    const Chunk& chunk = work.chunk;
+    if (chunk.rows == 0) return;
+    const int64_t lane_groups = divide_up(chunk.rows, kLanes);
+    plan_.for_each_block(slice, [&](int64_t first_class, int64_t classes, int64_t block) {
+      T* const logits = plan_.gradients ? memory.logits + first_class * kChunkRows : scratch.logits;
+      for (int64_t k = 0; k < args_.features; k += kDepth) {
+        const int64_t depth = std::min(kDepth, args_.features - k);
+        for (int64_t strip = 0; strip < classes; strip += kTileRows) {
+          const int64_t first = first_class + strip, valid = std::min(kTileRows, classes - strip);
+          pack_rows<kTileRows, kPitch>(scratch.strip, args_.weight + first * args_.weight_stride + k,
+                                       args_.weight_stride, valid, depth, T(1));
+          T bias[kTileRows] = {};
+          for (int64_t i = 0; i < valid && args_.bias != nullptr; ++i) bias[i] = load_number(args_.bias + first + i);
+          with_tile_height(valid, [&](auto height) {
+            tile_rows<height(), TileLayout<kPitch, 1>>(
+                depth, scratch.strip, memory.columns + k * kLanes, args_.features * kLanes, lane_groups,
+                [&](int64_t row, int64_t lanes, V value) {
+                  T* const to = logits + (strip + row) * kChunkRows + lanes * kLanes;
+                  (value + (k == 0 ? V::broadcast(bias[row]) : V::load(to))).store(to);
+                });
+          });
+        }
+      }
+      for_each_target(chunk, first_class, classes, [&](int64_t row, int64_t target) {
+        memory.target_logits[row] = logits[target * kChunkRows + row];
+      });
+      for (int64_t lanes = 0; lanes < lane_groups; ++lanes) {
+        block_statistics(memory, logits + lanes * kLanes, classes, block * kChunkRows + lanes * kLanes);
+      }
+    });
+  }
+
+  // The losses of a lane group of rows; the maxima become what makes probabilities times dloss of each block.
+  void make_losses(const Work<T>& work, int64_t begin) {
+    const ChunkMemory<T>& memory = work.memory;
+    const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
+    V largest = V::broadcast(std::numeric_limits<T>::lowest()), sum = V::zero(), logit_sum = V::zero();
+    for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
+      largest = max(V::load(memory.maxima + at), largest);
+    }
+    for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
+      const V factor = exp2((V::load(memory.maxima + at) - largest) * V::broadcast(kLog2e));
+      sum = mul_add(V::load(memory.sums + at), factor, sum);
+      factor.store(memory.maxima + at);
+      if (smoothing_ != 0) logit_sum = logit_sum + V::load(memory.logit_sums + at);
+    }
+    V loss = (largest - V::load(memory.target_logits + begin)) * V::broadcast(1 - smoothing_);
+    if (smoothing_ != 0) {
+      const V mean = logit_sum / V::broadcast(static_cast<T>(args_.classes));
+      loss = mul_add(largest - mean, V::broadcast(smoothing_), loss);
+    }
+    T losses[kLanes];
+    (loss + log(sum)).store(losses);
+    for (int64_t i = 0; i < rows; ++i) {
+      losses_[work.chunk.first + begin + i] = losses[i];
+      // A target that is no class has no gradient either.
+      if (std::isnan(memory.target_logits[begin + i])) memory.dlosses[begin + i] = memory.target_logits[begin + i];
+    }
+    const V scale = V::load(memory.dlosses + begin) / sum;
+    for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
+      (V::load(memory.maxima + at) * scale).store(memory.maxima + at);
+    }
+  }
+
+  // The gradient of a slice's logits, and what it adds to dweight, dbias and the slice's dhidden.
+  void make_gradients(const Work<T>& work, int64_t slice, const Scratch<T>& scratch) {
+    const ChunkMemory<T>& memory = work.memory;
+    const Chunk& chunk = work.chunk;
+    if (chunk.rows == 0) return;
+    T* const dhidden = memory.dhidden + slice * kChunkRows * plan_.pitch;
+    bool first_block = true;
+    plan_.for_each_block(slice, [&](int64_t first_class, int64_t classes, int64_t block) {
+      T* const dlogits = memory.logits + first_class * kChunkRows;
+      const T* const factors = memory.maxima + block * kChunkRows;
+      const V uniform = V::broadcast(smoothing_ / static_cast<T>(args_.classes));
+      for (int64_t i = 0; i < classes; ++i) {
+        T* const row = dlogits + i * kChunkRows;
+        for (int64_t lane = 0; lane < chunk.rows; lane += kLanes) {
+          const V p = V::load(row + lane) * V::load(factors + lane);
+          (p - V::load(memory.dlosses + lane) * uniform).store(row + lane);
+        }
+      }
+      for_each_target(chunk, first_class, classes, [&](int64_t row, int64_t target) {
+        dlogits[target * kChunkRows + row] -= memory.dlosses[row] * (1 - smoothing_);
+      });
+      if (args_.dbias != nullptr) {
+        for (int64_t i = 0; i < classes; ++i) {
+          T* const to = work.partial.dbias + first_class + i;
+          const T sum = row_sum(dlogits + i * kChunkRows, chunk.rows);
+          *to = work.first ? sum : *to + sum;
+        }
+      }
+      for (int64_t column = 0; column < args_.features; column += kDepth) {
+        const int64_t columns = std::min(kDepth, args_.features - column);
+        add_to_dweight(work, dlogits, first_class, classes, column, columns);
+        pack_panels(scratch.weights, kBlockClasses * kLanes,
+                    args_.weight + first_class * args_.weight_stride + column, args_.weight_stride, classes, columns);
+        add_to_dhidden(dhidden + column, dlogits, scratch.weights, classes, chunk.rows, columns, first_block);
+      }
+      first_block = false;
+    });
+  }
+
+  // dhidden of a lane group of rows: the sum over the slices.
+  void add_slices(const Work<T>& work, int64_t begin) {
+    for (int64_t row = begin; row < std::min(work.chunk.rows, begin + kLanes); ++row) {
+      const T* const from = work.memory.dhidden + row * plan_.pitch;
+      T* const to = args_.dhidden + plan_.kept[work.chunk.first + row] * args_.features;
+      for (int64_t column = 0; column < args_.features; column += kLanes) {
+        V sum = V::load(from + column);
+        for (int64_t slice = 1; slice < plan_.slices; ++slice) {
+          sum = sum + V::load(from + slice * kChunkRows * plan_.pitch + column);
+        }
+        sum.store_first(to + column, std::min(kLanes, args_.features - column));
+      }
+    }
+  }
+
+ private:
+  using V = Vec<T>;
+  static constexpr T kLog2e = static_cast<T>(1.44269504088896340735992468100189214L);
+
+  void pack_lanes(const ChunkMemory<T>& memory, int64_t begin, const T* from, int64_t stride, int64_t rows) const {
+    pack_transposed(memory.columns + begin * args_.features, from, stride, rows, args_.features);
+    if (plan_.gradients) {
+      pack_panels(memory.panels + begin * kLanes, kChunkRows * kLanes, from, stride, rows, args_.features);
+    }
+  }
+
+  // Calls body(row of the chunk, class of the block) for each row whose target is one of `classes` classes.
+  template <typename Body>
+  void for_each_target(const Chunk& chunk, int64_t first_class, int64_t classes, const Body& body) const {
+    for (int64_t row = 0; row < chunk.rows; ++row) {
+      const int64_t target = args_.targets[plan_.kept[chunk.first + row]] - first_class;
+      if (target >= 0 && target < classes) body(row, target);
+    }
+  }
+
+  void block_statistics(const ChunkMemory<T>& memory, T* logits, int64_t classes, int64_t at) const {
+    // Not from -inf: where all logits are -inf they would be subtracted from themselves.
+    V largest = V::broadcast(std::numeric_limits<T>::lowest());
+    for (int64_t i = 0; i < classes; ++i) largest = max(V::load(logits + i * kChunkRows), largest);
+    if (smoothing_ != 0) {
+      V sum = V::zero();
+      for (int64_t i = 0; i < classes; ++i) sum = sum + V::load(logits + i * kChunkRows);
+      sum.store(memory.logit_sums + at);
+    }
+    V sum = V::zero();
+    const V scale = V::broadcast(kLog2e);
+    for (int64_t i = 0; i < classes; ++i) {
+      const V p = exp2((V::load(logits + i * kChunkRows) - largest) * scale);
+      p.store(logits + i * kChunkRows);
+      sum = sum + p;
+    }
+    largest.store(memory.maxima + at);
+    sum.store(memory.sums + at);
+  }
+
+  static T row_sum(const T* row, int64_t n) {
+    V sum = V::zero();
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) sum = sum + V::load(row + i);
+    if (i < n) sum = sum + V::load_first(row + i, n - i);
+    return reduce_add(sum);
+  }
+
+  void add_to_dweight(const Work<T>& work, const T* dlogits, int64_t first_class, int64_t classes, int64_t column,
+                      int64_t columns) const {
+    for (int64_t strip = 0; strip < classes; strip += kTileRows) {
+      const int64_t valid = std::min(kTileRows, classes - strip);
+      T* const out = work.partial.dweight + (first_class + strip) * args_.features + column;
+      with_tile_height(valid, [&](auto height) {
+        tile_rows<height(), TileLayout<kChunkRows, 1>>(
+            work.chunk.rows, dlogits + strip * kChunkRows, work.memory.panels + column * kChunkRows, kChunkRows * kLanes,
+            divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
+              if (row >= valid) return;
+              T* const to = out + row * args_.features + panel * kLanes;
+              const int64_t width = columns - panel * kLanes;
+              if (width >= kLanes) {
+                (work.first ? value : V::load(to) + value).store(to);
+              } else {
+                (work.first ? value : V::load_first(to, width) + value).store_first(to, width);
+              }
+            });
+      });
+    }
+  }
+
+  void add_to_dhidden(T* dhidden, const T* dlogits, const T* weights, int64_t classes, int64_t rows, int64_t columns,
+                      bool first) const {
+    for (int64_t strip = 0; strip < rows; strip += kTileRows) {
+      T* const out = dhidden + strip * plan_.pitch;
+      with_tile_height(rows - strip, [&](auto height) {
+        tile_rows<height(), TileLayout<1, kChunkRows>>(
+            classes, dlogits + strip, weights, kBlockClasses * kLanes, divide_up(columns, kLanes),
+            [&](int64_t row, int64_t panel, V value) {
+              T* const to = out + row * plan_.pitch + panel * kLanes;
+              (first ? value : V::load(to) + value).store(to);
+            });
+      });
+    }
+  }
+
+  static T load_number(const X* p) {
+    T lanes[kLanes];
+    V::load_first(p, 1).store(lanes);
+    return lanes[0];
+  }
+
+  const LinearCrossEntropy<X>& args_;
+  const Plan& plan_;
+  const T smoothing_;
+  T* const losses_;
+};
+
+}  // namespace leedl

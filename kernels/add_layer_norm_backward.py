@@ -1,0 +1,300 @@
+"""Residual + LayerNorm (or RMSNorm) in Triton, backward; `leedl_fast.reference.add_layer_norm`
+derives the formulas.
+
+Gradients of weight and bias are summed over the rows of each program, then over the programs, in
+an order that the sizes alone decide.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leedl_fast.kernels.add_layer_norm import (
+    center,
+    load,
+    scale_and_shift,
+    tile,
+    wide_statistics,
+)
+
+_MAX_N = 8192  # the longest rows that a program's registers hold
+_WIDE_BLOCK = 4096  # columns at a time of longer rows
+_WARPS = 4096  # about what fills a GPU, over all programs
+_SUM_BLOCK_M, _SUM_BLOCK_N = 32, 64
+
+
+@triton.jit
+def _wide_statistics_kernel(
+    mean_ptr, rstd_ptr, summed_ptr, n, eps, IS_RMS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """One program owns one row's mean and rstd."""
+    DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    mean, rstd = wide_statistics(
+        summed_ptr, None, None, row, n, 0, n, eps, 0, 1.0, DTYPE, IS_RMS, BLOCK_N
+    )
+    tl.store(mean_ptr + row, mean)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _load_wide(
+    dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS: tl.constexpr
+):
+    """(dnormed, x_hat, rstd) of rows [BLOCK_M] and columns [BLOCK_N]; zeros outside."""
+    mask = (row < rows)[:, None] & (column < n)[None, :]
+    offset = row[:, None] * n + column[None, :]
+    dnormed = load(dnormed_ptr, offset, mask)
+    rstd = load(rstd_ptr, row, row < rows)
+    centered = load(summed_ptr, offset, mask)
+    if not IS_RMS:
+        mean = load(mean_ptr, row, row < rows)
+        centered = tl.where(mask, centered - mean[:, None], 0.0)
+    return dnormed, centered * rstd[:, None], rstd
+
+
+@triton.jit
+def _store_dx(
+    dx_ptr, dsummed_ptr, g, x_hat, rstd, mean_g, mean_gx, row, column, rows, n, IS_RMS: tl.constexpr
+):
+    """dx = dsummed + rstd (g - mean(g) - x_hat mean(g x_hat)), with g = dnormed weight."""
+    mask = (row < rows)[:, None] & (column < n)[None, :]
+    offset = row[:, None] * n + column[None, :]
+    dx = g - x_hat * mean_gx[:, None]
+    if not IS_RMS:
+        dx -= mean_g[:, None]
+    dx *= rstd[:, None]
+    if dsummed_ptr is not None:
+        dx += load(dsummed_ptr, offset, mask)
+    tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dx_ptr,
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    dnormed_ptr,
+    dsummed_ptr,
+    summed_ptr,
+    weight_ptr,
+    rows,
+    n,
+    eps,
+    rows_per_program,
+    IS_RMS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns rows_per_program rows of dx, BLOCK_M at a time, and one row of the partial
+    sums; BLOCK_N >= n.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, rows_per_program, BLOCK_M):
+        row = program * rows_per_program + first + tl.arange(0, BLOCK_M)
+        mask = (row < rows)[:, None] & (column < n)[None, :]
+        offset = row[:, None] * n + column[None, :]
+        dnormed = load(dnormed_ptr, offset, mask)
+        centered, rstd = center(load(summed_ptr, offset, mask), mask, n, eps, IS_RMS)
+        x_hat = centered * rstd[:, None]
+        if dweight_partial_ptr is not None:
+            dweight += dnormed * x_hat
+        if dbias_partial_ptr is not None:
+            dbias += dnormed
+        g = scale_and_shift(dnormed, weight_ptr, None, column, n)
+        mean_g = tl.sum(g, 1) / n
+        mean_gx = tl.sum(g * x_hat, 1) / n
+        _store_dx(
+            dx_ptr, dsummed_ptr, g, x_hat, rstd, mean_g, mean_gx, row, column, rows, n, IS_RMS
+        )
+    offset = program * n + column
+    if dweight_partial_ptr is not None:
+        tl.store(dweight_partial_ptr + offset, tl.sum(dweight, 0), column < n)
+    if dbias_partial_ptr is not None:
+        tl.store(dbias_partial_ptr + offset, tl.sum(dbias, 0), column < n)
+
+
+@triton.jit
+def _wide_dx_kernel(
+    dx_ptr,
+    dnormed_ptr,
+    dsummed_ptr,
+    summed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    rows,
+    n,
+    IS_RMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns one row of dx, BLOCK_N columns at a time."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    sum_g = tl.zeros((1, BLOCK_N), tl.float32)
+    sum_gx = tl.zeros((1, BLOCK_N), tl.float32)
+    for first in range(0, n, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        g, x_hat, rstd = _load_wide(
+            dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
+        )
+        g = scale_and_shift(g, weight_ptr, None, column, n)
+        sum_g += g
+        sum_gx += g * x_hat
+    mean_g = tl.sum(sum_g, 1) / n
+    mean_gx = tl.sum(sum_gx, 1) / n
+    for first in range(0, n, BLOCK_N):
+        column = first + tl.arange(0, BLOCK_N)
+        g, x_hat, rstd = _load_wide(
+            dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
+        )
+        g = scale_and_shift(g, weight_ptr, None, column, n)
+        _store_dx(
+            dx_ptr, dsummed_ptr, g, x_hat, rstd, mean_g, mean_gx, row, column, rows, n, IS_RMS
+        )
+
+
+@triton.jit
+def _wide_partial_kernel(
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    dnormed_ptr,
+    summed_ptr,
+    mean_ptr,
+    rstd_ptr,
+    rows,
+    n,
+    rows_per_program,
+    IS_RMS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns BLOCK_N columns of one row of the partial sums."""
+    blocks = tl.cdiv(n, BLOCK_N)
+    program = tl.program_id(0).to(tl.int64) // blocks
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((1, BLOCK_N), tl.float32)
+    dbias = tl.zeros((1, BLOCK_N), tl.float32)
+    for i in range(0, rows_per_program):
+        row = program * rows_per_program + i + tl.arange(0, 1)
+        dnormed, x_hat, _ = _load_wide(
+            dnormed_ptr, summed_ptr, mean_ptr, rstd_ptr, row, column, rows, n, IS_RMS
+        )
+        dweight += dnormed * x_hat
+        dbias += dnormed
+    offset = program * n + column
+    if dweight_partial_ptr is not None:
+        tl.store(dweight_partial_ptr + offset, tl.sum(dweight, 0), column < n)
+    if dbias_partial_ptr is not None:
+        tl.store(dbias_partial_ptr + offset, tl.sum(dbias, 0), column < n)
+
+
+@triton.jit
+def _sum_kernel(
+    dweight_ptr,
+    dbias_ptr,
+    dweight_partial_ptr,
+    dbias_partial_ptr,
+    programs,
+    n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns BLOCK_N columns: the partial sums, added over the programs."""
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    dweight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(0, programs, BLOCK_M):
+        row = first + tl.arange(0, BLOCK_M)
+        mask = (row < programs)[:, None] & (column < n)[None, :]
+        offset = row.to(tl.int64)[:, None] * n + column[None, :]
+        if dweight_ptr is not None:
+            dweight += tl.load(dweight_partial_ptr + offset, mask, other=0)
+        if dbias_ptr is not None:
+            dbias += tl.load(dbias_partial_ptr + offset, mask, other=0)
+    if dweight_ptr is not None:
+        total = tl.sum(dweight, 0).to(dweight_ptr.dtype.element_ty)
+        tl.store(dweight_ptr + column, total, column < n)
+    if dbias_ptr is not None:
+        total = tl.sum(dbias, 0).to(dbias_ptr.dtype.element_ty)
+        tl.store(dbias_ptr + column, total, column < n)
+
+
+def backward(
+    dx: Tensor,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    *,
+    rows: int,
+    n: int,
+    eps: float,
+    is_rms: bool,
+) -> None:
+    """All tensors contiguous; dweight and dbias only where they are wanted."""
+    is_wide = n > _MAX_N
+    options = tile(min(n, _WIDE_BLOCK) if is_wide else n, 2048)
+    block_m, num_warps = options["BLOCK_M"], options["num_warps"]
+    rows_per_program = triton.cdiv(rows, max(1, _WARPS // num_warps))
+    rows_per_program = triton.cdiv(max(rows_per_program, 1), block_m) * block_m
+    programs = triton.cdiv(rows, rows_per_program)
+    dweight_partial, dbias_partial = (
+        None if grad is None else torch.empty(programs, n, dtype=torch.float32, device=grad.device)
+        for grad in (dweight, dbias)
+    )
+    if rows and not is_wide:
+        _backward_kernel[(programs,)](
+            dx,
+            dweight_partial,
+            dbias_partial,
+            dnormed,
+            dsummed,
+            summed,
+            weight,
+            rows,
+            n,
+            eps,
+            rows_per_program,
+            is_rms,
+            **options,
+        )
+    elif rows:
+        del options["BLOCK_M"]
+        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=dx.device)
+        _wide_statistics_kernel[(rows,)](mean, rstd, summed, n, eps, is_rms, **options)
+        _wide_dx_kernel[(rows,)](
+            dx, dnormed, dsummed, summed, mean, rstd, weight, rows, n, is_rms, **options
+        )
+        if dweight is not None or dbias is not None:
+            blocks = triton.cdiv(n, options["BLOCK_N"])
+            _wide_partial_kernel[(programs * blocks,)](
+                dweight_partial,
+                dbias_partial,
+                dnormed,
+                summed,
+                mean,
+                rstd,
+                rows,
+                n,
+                rows_per_program,
+                is_rms,
+                **options,
+            )
+    if dweight is not None or dbias is not None:
+        _sum_kernel[(triton.cdiv(n, _SUM_BLOCK_N),)](
+            dweight,
+            dbias,
+            dweight_partial,
+            dbias_partial,
+            programs,
+            n,
+            BLOCK_M=_SUM_BLOCK_M,
+            BLOCK_N=_SUM_BLOCK_N,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
