@@ -21,7 +21,6 @@ from leedl_fast.benchmarks.suite import (
     Work,
 )
 from leedl_fast.models.gpt import GPT, GPTConfig
-from leedl_fast.models.train_config import TrainConfig
 
 CURVE_TOLERANCE = 1e-3  # over the whole run, in nats
 
@@ -146,20 +145,23 @@ def training_step(
 
 def test_loss_curves(recorder: Recorder) -> None:
     """The same training on both backends, from the same seed."""
-    from leedl_fast.models.training import train
+    from leedl_fast.training.engine import train
+    from leedl_fast.training.registry import configure
 
     settings = recorder.settings
-    config = {
-        "tiny": TrainConfig(
-            steps=3, batch_size=2, context=16, layers=1, heads=2, width=16, window=4
-        ),
-        "quick": TrainConfig(steps=200, batch_size=4, context=256, layers=2, width=64, window=64),
-        "full": TrainConfig(steps=200, batch_size=8, context=512, layers=4, width=128, window=64),
+    sizes = {
+        "tiny": {"steps": 3, "batch_size": 2, "context_length": 16, "num_layers": 1}
+        | {"num_heads": 2, "embed_dim": 16, "window": 4},
+        "quick": {"steps": 200, "batch_size": 4, "context_length": 256, "num_layers": 2}
+        | {"embed_dim": 64, "window": 64},
+        "full": {"steps": 200, "batch_size": 8, "context_length": 512, "num_layers": 4}
+        | {"embed_dim": 128, "window": 64},
     }[settings.tier]
+    run = configure("gpt", **sizes)
     losses = {}
     for name, backend in ((OURS, settings.backend), (EAGER, "eager")):
-        recorder.on_status(f"gpt: {config.steps} training steps, {name}")
-        result = train(config, backend=backend, quiet=True)
+        recorder.on_status(f"gpt: {run.settings.steps} training steps, {name}")
+        result = train(run, backend=backend, quiet=True)
         if result.interrupted:  # training takes Ctrl-C for itself, to end after a whole step
             raise KeyboardInterrupt
         losses[name] = result.losses
@@ -167,9 +169,9 @@ def test_loss_curves(recorder: Recorder) -> None:
     recorder.curves.append(
         {
             "title": "The same GPT training, fused and eager",
-            "subtitle": f"{config.layers} layers, width {config.width}, context {config.context}, "
-            f"window {config.window}, batch {config.batch_size}, on the Python documentation",
-            "steps": list(range(1, config.steps + 1)),
+            "subtitle": "{num_layers} layers, width {embed_dim}, context {context_length}, "
+            "window {window}, batch {batch_size}, on the Python documentation".format(**sizes),
+            "steps": list(range(1, run.settings.steps + 1)),
             "losses": losses,
             "max_difference": difference,
             "allowed": CURVE_TOLERANCE,

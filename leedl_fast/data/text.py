@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +22,30 @@ def load_text(path: str | Path | None = None) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
+    return read_text(path)
+
+
+def read_text(path: str | Path, what: str = "a text file") -> str:
+    """The text of a file of the user's; errors say that data must be `what`."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data must be a text file, got {str(path)!r}, which is no file")
+        raise ValueError(f"data must be {what}, got {str(path)!r}, which is no file")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some programs begin a file with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"data must be UTF-8 text, got {str(path)!r}: {error}") from None
-    if not text:
-        raise ValueError(f"data must not be empty, got {str(path)!r} of 0 bytes")
+    if not text.strip():
+        raise ValueError(f"data must not be empty, got {str(path)!r} of {len(text)} characters")
     return text
+
+
+def digest(*parts: str | Tensor) -> str:
+    """sha256 of texts and tensors: what says later whether data are the same."""
+    total = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part.contiguous().numpy().tobytes()
+        total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()
 
 
 class CharacterVocabulary:

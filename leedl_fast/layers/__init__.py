@@ -4,7 +4,9 @@ from leedl_fast.layers.add_layer_norm import AddLayerNorm
 from leedl_fast.layers.additive_attention import AdditiveAttention
 from leedl_fast.layers.attention import MultiHeadAttention
 from leedl_fast.layers.feed_forward import FeedForward
+from leedl_fast.layers.kv_cache import DecoderCache, KVCache
 from leedl_fast.layers.positional import SinusoidalPositionalEncoding
+from leedl_fast.layers.rotary import RotaryPositionalEncoding
 from leedl_fast.layers.transformer import (
     TransformerDecoder,
     TransformerDecoderLayer,
@@ -15,8 +17,11 @@ from leedl_fast.layers.transformer import (
 __all__ = [
     "AddLayerNorm",
     "AdditiveAttention",
+    "DecoderCache",
     "FeedForward",
+    "KVCache",
     "MultiHeadAttention",
+    "RotaryPositionalEncoding",
     "SinusoidalPositionalEncoding",
     "TransformerDecoder",
     "TransformerDecoderLayer",

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leedl_fast.layers.kv_cache import KVCache
+from leedl_fast.layers.rotary import RotaryPositionalEncoding
+from leedl_fast.ops.additive_attention import additive_attention
 from leedl_fast.ops.attention import attention
 from leedl_fast.ops.windows import Window
+
+SCORES = ("dot", "additive")
+NORMALIZERS = ("softmax", "relu", "sigmoid")
 
 
 class MultiHeadAttention(nn.Module):
@@ -24,13 +32,21 @@ class MultiHeadAttention(nn.Module):
         window: None, w or (left, right): which keys around its own position a query sees,
             inclusive; w means (w, w), or (w, 0) when causal.
         bias: whether the projections have biases.
-        dropout: probability of dropping an attention weight while training. The op has no such
-            dropout, so anything but 0 is an error in training mode; it means nothing in eval mode.
+        rotary: turn queries and keys by their positions; for self-attention alone.
+        dropout: probability of dropping an attention weight while training.
+        score: "dot", q . k / sqrt(head_dim), or "additive", score_weight . tanh(q + k) with a
+            parameter score_weight (num_heads, head_dim).
+        normalizer: what makes weights of scores: "softmax", or "relu" or "sigmoid" of each score
+            alone, which leave a row without a sum of one.
+
+    The additive score has softmax and no dropout.
 
     Shapes: query (batch, seqlen_q, embed_dim), key and value (batch, seqlen_k, embed_dim),
-    key_lengths int64 (batch,); the output is (batch, seqlen_q, embed_dim).
+    key_lengths int64 (batch,); the output is (batch, seqlen_q, embed_dim). With need_weights=True
+    it is (output, weights), the weights (batch, num_heads, seqlen_q, seqlen_k) before dropout.
 
-    Paper: Vaswani et al., "Attention Is All You Need", section 3.2.2.
+    Papers: Vaswani et al., "Attention Is All You Need", section 3.2.2; Bahdanau et al., "Neural
+    Machine Translation by Jointly Learning to Align and Translate", appendix A.1.2.
     """
 
     def __init__(
@@ -42,7 +58,10 @@ class MultiHeadAttention(nn.Module):
         causal: bool = False,
         window: Window = None,
         bias: bool = True,
+        rotary: bool = False,
         dropout: float = 0.0,
+        score: str = "dot",
+        normalizer: str = "softmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +78,17 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(
                 f"num_heads must be a multiple of num_heads_k ({num_heads_k}), got {num_heads}"
             )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {SCORES}, got {score!r}")
+        if normalizer not in NORMALIZERS:
+            raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
+        if score == "additive" and (normalizer != "softmax" or dropout > 0):
+            raise ValueError(
+                "score 'additive' must have normalizer 'softmax' and dropout 0, "
+                f"got {normalizer!r} and {dropout}"
+            )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_heads_k = num_heads_k
@@ -66,7 +96,10 @@ class MultiHeadAttention(nn.Module):
         self.causal = causal
         self.window = window
         self.dropout = dropout
+        self.score = score
+        self.normalizer = normalizer
         self.embed_dim_k = num_heads_k * self.head_dim
+        self.rotary = RotaryPositionalEncoding(self.head_dim, device=device) if rotary else None
 
         in_features = embed_dim + 2 * self.embed_dim_k
         self.in_proj_weight = nn.Parameter(
@@ -77,6 +110,10 @@ class MultiHeadAttention(nn.Module):
         else:
             self.register_parameter("in_proj_bias", None)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, device=device, dtype=dtype)
+        if score == "additive":
+            self.score_weight = nn.Parameter(
+                torch.empty(num_heads, self.head_dim, device=device, dtype=dtype)
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -84,6 +121,8 @@ class MultiHeadAttention(nn.Module):
         if self.in_proj_bias is not None:
             nn.init.zeros_(self.in_proj_bias)
             nn.init.zeros_(self.out_proj.bias)
+        if self.score == "additive":
+            nn.init.xavier_uniform_(self.score_weight)
 
     @classmethod
     def from_torch(
@@ -117,6 +156,28 @@ class MultiHeadAttention(nn.Module):
         copy.load_state_dict(module.state_dict())
         return copy.train(module.training)
 
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = ...,
+        value: Tensor | None = ...,
+        *,
+        key_lengths: Tensor | None = ...,
+        need_weights: Literal[False] = ...,
+        cache: KVCache | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = ...,
+        value: Tensor | None = ...,
+        *,
+        key_lengths: Tensor | None = ...,
+        need_weights: Literal[True],
+        cache: KVCache | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
     def forward(
         self,
         query: Tensor,
@@ -124,12 +185,51 @@ class MultiHeadAttention(nn.Module):
         value: Tensor | None = None,
         *,
         key_lengths: Tensor | None = None,
+        need_weights: bool = False,
+        cache: KVCache | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Self-attention of `query`, or cross-attention when `key` (and `value`) are given.
+
+        need_weights computes the weights a second time, in plain PyTorch: the fused kernels never
+        hold them.
+
+        cache: of `new_cache()`, only without gradients: `query` holds the new tokens, and sees
+        those of earlier calls too. Cross-attention projects `key` in the first call alone.
+        """
+        q, k, v = self._heads(query, key, value, cache)
+        dropout_p = self.dropout if self.training else 0.0
+        out = self._attention(q, k, v, key_lengths, dropout_p=dropout_p)
+        heads = out.transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
+        output = self.out_proj(heads.flatten(2))
+        return (output, self._weights(q, k, key_lengths)) if need_weights else output
+
+    def new_cache(self) -> KVCache:
+        """An empty cache for self-attention, which must be causal."""
+        if not self.causal:
+            raise ValueError("causal must be True for a cache, got False")
+        left = self.window[0] if isinstance(self.window, tuple) else self.window
+        return KVCache(window=left)
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention of `query`, or cross-attention when `key` (and `value`) are given."""
-        if self.training and self.dropout > 0:
-            raise NotImplementedError(
-                f"attention dropout must be 0 in training mode, got {self.dropout}"
-            )
+        """The weights of `forward` alone: (batch, num_heads, seqlen_q, seqlen_k)."""
+        q, k, _ = self._heads(query, key, value)
+        return self._weights(q, k, key_lengths)
+
+    def _heads(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        cache: KVCache | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (batch, heads, seqlen, head_dim), with what the cache adds to k and v."""
         self._check("query", query)
         if key is None and value is not None:
             raise ValueError("key must be given when value is, got None")
@@ -137,18 +237,62 @@ class MultiHeadAttention(nn.Module):
             self._check("key", key)
         if value is not None:
             self._check("value", value)
-
+        if cache is not None and torch.is_grad_enabled():
+            raise ValueError("cache must be None where gradients are enabled, got a KVCache")
+        if self.rotary is not None and key is not None:
+            raise ValueError("key must be None with rotary=True, got a tensor")
+        if cache is not None and key is not None and cache.kept is not None:
+            width = self.embed_dim
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[:width]
+            q = F.linear(query, self.in_proj_weight[:width], bias)
+            return self._split_heads(q, self.num_heads), *cache.kept
         q, k, v = self._project(query, key, value)
-        out = attention(
-            self._split_heads(q, self.num_heads),
-            self._split_heads(k, self.num_heads_k),
-            self._split_heads(v, self.num_heads_k),
+        q = self._split_heads(q, self.num_heads)
+        k, v = self._split_heads(k, self.num_heads_k), self._split_heads(v, self.num_heads_k)
+        if self.rotary is not None:
+            offset = 0 if cache is None else cache.length
+            q, k = self.rotary(q, offset=offset), self.rotary(k, offset=offset)
+        return (q, k, v) if cache is None else (q, *cache.extend(k, v))
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_lengths: Tensor | None,
+        *,
+        dropout_p: float = 0.0,
+        backend: str | None = None,
+    ) -> Tensor:
+        if self.score == "additive":
+            return additive_attention(
+                q,
+                k,
+                v,
+                self.score_weight,
+                causal=self.causal,
+                window=self.window,
+                key_lengths=key_lengths,
+                backend=backend,
+            )
+        return attention(
+            q,
+            k,
+            v,
             causal=self.causal,
             window=self.window,
             key_lengths=key_lengths,
+            normalizer=self.normalizer,
+            dropout_p=dropout_p,
+            backend=backend,
         )
-        heads = out.transpose(1, 2)  # (batch, seqlen_q, num_heads, head_dim)
-        return self.out_proj(heads.flatten(2))
+
+    def _weights(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Tensor:
+        """Unit vectors as values: each output is then the row of weights itself, mask and all."""
+        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        return self._attention(
+            q, k, units.expand(*k.shape[:2], -1, -1), key_lengths, backend="eager"
+        )
 
     def _check(self, name: str, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.embed_dim:
@@ -183,5 +327,6 @@ class MultiHeadAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
-            f"num_heads_k={self.num_heads_k}, causal={self.causal}, window={self.window}"
+            f"num_heads_k={self.num_heads_k}, causal={self.causal}, window={self.window}, "
+            f"score={self.score}, normalizer={self.normalizer}"
         )

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 Activation = str | Callable[[Tensor], Tensor]
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`: Hendrycks and Gimpel, "Gaussian Error Linear Units", section 2."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
     "silu": F.silu,
 }
 
@@ -49,7 +56,7 @@ class FeedForward(nn.Module):
     Args:
         embed_dim: width of input and output.
         hidden_dim: width in between; None means 4 * embed_dim.
-        activation: "relu", "gelu", "gelu_tanh", "silu" or a function.
+        activation: "relu", "gelu", "gelu_tanh", "quick_gelu", "silu" or a function.
         dropout: probability of dropping a hidden value while training.
         bias: whether the two linears have biases.
 

@@ -9,7 +9,7 @@ pair (branch, residual) whose sum is the stream.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from leedl_fast.layers.add_layer_norm import AddLayerNorm
 from leedl_fast.layers.attention import MultiHeadAttention
 from leedl_fast.layers.feed_forward import Activation, activation_function, feed_forward
+from leedl_fast.layers.kv_cache import DecoderCache, KVCache
 from leedl_fast.ops.windows import Window
 
 
@@ -27,11 +28,11 @@ class TransformerEncoderLayer(nn.Module):
     Parameters are named and laid out as in `torch.nn.TransformerEncoderLayer`.
 
     Args:
-        embed_dim, num_heads, num_heads_k, causal, window: see MultiHeadAttention.
+        embed_dim, num_heads, num_heads_k, causal, window, rotary: see MultiHeadAttention.
         hidden_dim: width of the feed-forward network; None means 4 * embed_dim.
-        activation: "relu", "gelu", "gelu_tanh", "silu" or a function.
-        dropout: probability of dropping a value of a branch, or a hidden value of the
-            feed-forward network, while training.
+        activation: "relu", "gelu", "gelu_tanh", "quick_gelu", "silu" or a function.
+        dropout: probability of dropping a value of a branch while training.
+        activation_dropout: that of a hidden value of the feed-forward network; None means dropout.
         attention_dropout: see `dropout` of MultiHeadAttention.
         norm_first: normalise the input of each sublayer (pre-norm) instead of the sum (post-norm).
         eps: see AddLayerNorm.
@@ -49,8 +50,10 @@ class TransformerEncoderLayer(nn.Module):
         hidden_dim: int | None = None,
         causal: bool = False,
         window: Window = None,
+        rotary: bool = False,
         activation: Activation = "relu",
         dropout: float = 0.0,
+        activation_dropout: float | None = None,
         attention_dropout: float = 0.0,
         norm_first: bool = False,
         eps: float = 1e-5,
@@ -70,11 +73,12 @@ class TransformerEncoderLayer(nn.Module):
             causal=causal,
             window=window,
             bias=bias,
+            rotary=rotary,
             dropout=attention_dropout,
             **factory,
         )
         self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias, **factory)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout if activation_dropout is None else activation_dropout)
         self.linear2 = nn.Linear(hidden_dim, embed_dim, bias=bias, **factory)
         self.norm1 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
         self.norm2 = AddLayerNorm(embed_dim, eps=eps, bias=bias, **factory)
@@ -88,20 +92,31 @@ class TransformerEncoderLayer(nn.Module):
         """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
         return _copy_layer(cls, module, causal=causal, window=window)
 
-    def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
+    def new_cache(self) -> KVCache:
+        return self.self_attn.new_cache()
+
+    def forward(
+        self, x: Tensor, *, key_lengths: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """cache: see MultiHeadAttention.forward."""
         if self.norm_first:
-            branch, residual = self.forward_residual(x, None, key_lengths=key_lengths)
+            branch, residual = self.forward_residual(x, None, key_lengths=key_lengths, cache=cache)
             return residual + branch
-        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths), x, self.dropout1)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=cache), x, self.dropout1)
         x, _ = self.norm2(self._feed_forward(x), x, self.dropout2)
         return x
 
     def forward_residual(
-        self, branch: Tensor, residual: Tensor | None, *, key_lengths: Tensor | None = None
+        self,
+        branch: Tensor,
+        residual: Tensor | None,
+        *,
+        key_lengths: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self.self_attn(normed, key_lengths=key_lengths)
+        branch = self.self_attn(normed, key_lengths=key_lengths, cache=cache)
         normed, residual = self.norm2(branch, residual, self.dropout1)
         return self.dropout2(self._feed_forward(normed)), residual
 
@@ -170,6 +185,9 @@ class TransformerDecoderLayer(nn.Module):
         """A copy of `module` with its own parameters; inputs are batch-first, whatever it had."""
         return _copy_layer(cls, module, causal=causal, window=window)
 
+    def new_cache(self) -> DecoderCache:
+        return DecoderCache(self.self_attn.new_cache())
+
     def forward(
         self,
         x: Tensor,
@@ -177,14 +195,22 @@ class TransformerDecoderLayer(nn.Module):
         *,
         key_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        cache: DecoderCache | None = None,
     ) -> Tensor:
+        """cache: see MultiHeadAttention.forward."""
         if self.norm_first:
             branch, residual = self.forward_residual(
-                x, None, memory, key_lengths=key_lengths, memory_lengths=memory_lengths
+                x,
+                None,
+                memory,
+                key_lengths=key_lengths,
+                memory_lengths=memory_lengths,
+                cache=cache,
             )
             return residual + branch
-        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths), x, self.dropout1)
-        branch = self.multihead_attn(x, memory, key_lengths=memory_lengths)
+        own, kept = (None, None) if cache is None else (cache.self_attention, cache.memory)
+        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=own), x, self.dropout1)
+        branch = self.multihead_attn(x, memory, key_lengths=memory_lengths, cache=kept)
         x, _ = self.norm2(branch, x, self.dropout2)
         x, _ = self.norm3(self._feed_forward(x), x, self.dropout3)
         return x
@@ -197,12 +223,14 @@ class TransformerDecoderLayer(nn.Module):
         *,
         key_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        cache: DecoderCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Pre-norm only: from the stream branch + residual to the next (branch, residual)."""
         normed, residual = self.norm1(branch, residual)
-        branch = self.self_attn(normed, key_lengths=key_lengths)
+        own, kept = (None, None) if cache is None else (cache.self_attention, cache.memory)
+        branch = self.self_attn(normed, key_lengths=key_lengths, cache=own)
         normed, residual = self.norm2(branch, residual, self.dropout1)
-        branch = self.multihead_attn(normed, memory, key_lengths=memory_lengths)
+        branch = self.multihead_attn(normed, memory, key_lengths=memory_lengths, cache=kept)
         normed, residual = self.norm3(branch, residual, self.dropout2)
         return self.dropout3(self._feed_forward(normed)), residual
 
@@ -222,16 +250,25 @@ class _Stack(nn.Module):
             raise ValueError(f"layers must be at least one and of one norm_first, got {orders}")
         self.norm_first = orders.pop()
 
-    def _run(self, x: Tensor, *memory: Tensor, **lengths: Tensor | None) -> Tensor:
-        layers = cast(Iterable[Any], self.layers)
+    def _run(
+        self, x: Tensor, *memory: Tensor, caches: Sequence[Any] | None, **lengths: Tensor | None
+    ) -> Tensor:
+        layers = cast(Sequence[Any], self.layers)
+        caches = [None] * len(layers) if caches is None else caches
+        if len(caches) != len(layers):
+            raise ValueError(
+                f"caches must be one per layer, that is {len(layers)}, got {len(caches)}"
+            )
         if self.norm_first:
             branch: Tensor = x
             residual: Any = None
-            for layer in layers:
-                branch, residual = layer.forward_residual(branch, residual, *memory, **lengths)
+            for layer, cache in zip(layers, caches, strict=True):
+                branch, residual = layer.forward_residual(
+                    branch, residual, *memory, cache=cache, **lengths
+                )
             return residual + branch if self.norm is None else self.norm(branch, residual)[0]
-        for layer in layers:
-            x = layer(x, *memory, **lengths)
+        for layer, cache in zip(layers, caches, strict=True):
+            x = layer(x, *memory, cache=cache, **lengths)
         return x if self.norm is None else self.norm(x)[0]
 
 
@@ -249,8 +286,19 @@ class TransformerEncoder(_Stack):
         ]
         return cls(layers, _copy_norm(module.norm))
 
-    def forward(self, x: Tensor, *, key_lengths: Tensor | None = None) -> Tensor:
-        return self._run(x, key_lengths=key_lengths)
+    def new_caches(self) -> list[KVCache]:
+        """Empty caches, one per layer, to generate with; the layers must be causal."""
+        return [cast(TransformerEncoderLayer, layer).new_cache() for layer in self.layers]
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        key_lengths: Tensor | None = None,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """caches: see MultiHeadAttention.forward."""
+        return self._run(x, caches=caches, key_lengths=key_lengths)
 
 
 class TransformerDecoder(_Stack):
@@ -267,6 +315,10 @@ class TransformerDecoder(_Stack):
         ]
         return cls(layers, _copy_norm(module.norm))
 
+    def new_caches(self) -> list[DecoderCache]:
+        """Empty caches, one per layer, to generate with; the layers must be causal."""
+        return [cast(TransformerDecoderLayer, layer).new_cache() for layer in self.layers]
+
     def forward(
         self,
         x: Tensor,
@@ -274,8 +326,12 @@ class TransformerDecoder(_Stack):
         *,
         key_lengths: Tensor | None = None,
         memory_lengths: Tensor | None = None,
+        caches: Sequence[DecoderCache] | None = None,
     ) -> Tensor:
-        return self._run(x, memory, key_lengths=key_lengths, memory_lengths=memory_lengths)
+        """caches: see MultiHeadAttention.forward."""
+        return self._run(
+            x, memory, caches=caches, key_lengths=key_lengths, memory_lengths=memory_lengths
+        )
 
 
 _Layer = TypeVar("_Layer", TransformerEncoderLayer, TransformerDecoderLayer)

@@ -4,6 +4,7 @@ from torch import nn
 
 from leedl_fast import use_backend
 from leedl_fast.layers import MultiHeadAttention
+from leedl_fast.layers.attention_maps import record_attention
 
 WIDTH, HEADS = 48, 4
 
@@ -125,13 +126,48 @@ def test_from_torch_shares_nothing():
     assert layer.in_proj_weight.abs().max() > 0
 
 
-def test_attention_dropout_is_refused_in_training_only():
-    module = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.1, batch_first=True)
-    layer = MultiHeadAttention.from_torch(module)
-    x = torch.randn(1, 3, WIDTH)
-    with pytest.raises(NotImplementedError, match=r"attention dropout must be 0 .* got 0\.1"):
-        layer(x)
-    assert layer.eval()(x).shape == x.shape
+def test_attention_dropout_acts_in_training_only():
+    module = MultiHeadAttention(WIDTH, HEADS, dropout=0.5)
+    x = torch.randn(2, 5, WIDTH)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
+        MultiHeadAttention(WIDTH, HEADS, dropout=1.0)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "relu", "sigmoid"])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_weights_make_the_output(score, normalizer):
+    if score == "additive" and normalizer != "softmax":
+        with pytest.raises(ValueError, match="score 'additive' must have normalizer 'softmax'"):
+            MultiHeadAttention(WIDTH, HEADS, score=score, normalizer=normalizer)
+        return
+    module = MultiHeadAttention(WIDTH, HEADS, score=score, normalizer=normalizer, window=(2, 1))
+    x, lengths = torch.randn(2, 6, WIDTH), torch.tensor([6, 4])
+    out, weights = module(x, key_lengths=lengths, need_weights=True)
+    assert weights.shape == (2, HEADS, 6, 6)
+    assert torch.equal(out, module(x, key_lengths=lengths))
+    places = torch.arange(6)[None, :] - torch.arange(6)[:, None]
+    seen = (places >= -2) & (places <= 1) & (torch.arange(6) < lengths[:, None, None, None])
+    assert (weights[~seen.expand_as(weights)] == 0).all()
+    if normalizer == "softmax":
+        rows = seen.any(-1).expand(2, HEADS, 6)
+        torch.testing.assert_close(weights.sum(-1), rows.to(torch.float32))
+    v = torch.nn.functional.linear(x, module.in_proj_weight[-WIDTH:], module.in_proj_bias[-WIDTH:])
+    heads = v.unflatten(2, (HEADS, -1)).transpose(1, 2)
+    expected = module.out_proj((weights @ heads).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_maps_of_a_models_attention():
+    model = torch.nn.ModuleDict({"first": MultiHeadAttention(WIDTH, HEADS, causal=True)})
+    x = torch.randn(1, 4, WIDTH)
+    with record_attention(model) as maps:
+        model["first"](x)
+    assert torch.equal(maps["first"], model["first"].attention_weights(x))
+    model["first"](torch.randn(1, 3, WIDTH))
+    assert maps["first"].shape == (1, HEADS, 4, 4)
 
 
 def test_empty_batch_and_empty_sequence():

@@ -92,16 +92,81 @@ def test_grouped_heads_train():
     assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
 
 
-def test_generation_continues_with_the_models_own_choices():
-    """Greedy, and past the context: each token is the likeliest after the last ones before it."""
-    model = small_gpt().eval()
-    text = tokens(seqlen=20)
-    for new in model.generate(text, 10, temperature=0):
-        expected = model(text[:, -24:])[:, -1].argmax(-1)
+def seen(model, text):
+    """What the model sees of a text: its beginning moves by 12, half a context, at a time."""
+    if model.config.is_unlimited:
+        return text
+    while text.shape[1] > 24:
+        text = text[:, 12:]
+    return text
+
+
+generating = pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"window": 5},
+        {"window": 5, "num_heads_k": 2, "positions": "rotary"},
+        {"num_heads_k": 1, "positions": "rotary"},
+    ],
+    ids=str,
+)
+
+
+@generating
+@pytest.mark.parametrize("length", [1, 20, 30])
+def test_generation_continues_with_the_models_own_choices(options, length):
+    """Greedy, and past the context: each token is the likeliest after what is seen before it."""
+    model = small_gpt(**options).eval()
+    for parameter in model.parameters():
+        parameter.data *= 4  # a new model's choices are too near to one another
+    if length > 24 and not model.config.is_unlimited:
+        with pytest.raises(ValueError, match="context_length"):
+            model(tokens(seqlen=length))
+    text = tokens(seqlen=length)
+    for new in model.generate(text, 40, temperature=0):
+        expected = model(seen(model, text))[:, -1].argmax(-1)
         assert torch.equal(new, expected)
         assert not new.requires_grad
         text = torch.cat((text, new[:, None]), dim=1)
-    assert text.shape == (2, 30)
+    assert text.shape == (2, length + 40)
+
+
+@generating
+def test_the_cache_changes_no_token(options):
+    model = small_gpt(**options).eval()
+
+    def draw(use_cache):
+        generator = torch.Generator().manual_seed(3)
+        new = model.generate(tokens(3, 10), 60, generator=generator, use_cache=use_cache)
+        return torch.stack(list(new))
+
+    assert torch.equal(draw(True), draw(False))
+
+
+def test_what_a_windowed_text_costs_does_not_grow():
+    """Each step reads one token and keeps window + 1 keys per layer, however long the text."""
+    model = small_gpt(window=5, positions="rotary").eval()
+    read, hidden = [], model.hidden
+
+    def spy(tokens, *, caches):
+        read.append((tokens.shape[1], caches))
+        return hidden(tokens, caches=caches)
+
+    model.hidden = spy
+    assert len(list(model.generate(tokens(1, 10), 300, temperature=0))) == 300
+    assert [seqlen for seqlen, _ in read] == [10] + [1] * 299
+    assert {cache.kept[0].untyped_storage().nbytes() for cache in read[-1][1]} == {6 * 32 * 4}
+
+
+def test_generation_ends_with_the_end_token():
+    model = small_gpt().eval()
+    new = torch.stack(list(model.generate(tokens(4), 500, end_token=7)), dim=1)
+    assert new.shape[1] < 500
+    for row in new.tolist():
+        end = row.index(7)
+        assert row[end:] == [7] * (len(row) - end)
+    assert new[:, -2].ne(7).any()
 
 
 def test_generation_follows_its_generator():
@@ -154,6 +219,7 @@ def test_temperature_sharpens():
     [
         ({"vocab_size": 0}, "vocab_size must be at least 1, got 0"),
         ({"window": -2}, "window must not be negative, got -2"),
+        ({"positions": "none"}, 'positions must be "learned" or "rotary", got \'none\''),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )

@@ -10,23 +10,28 @@ from typing import Any
 import torch
 
 KEY = "leedl_fast"  # where a checkpoint says which model it holds, and how that was trained
-FORMAT = 1
+FORMAT = 2
 
 
-def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+def write_file(content: bytes | memoryview, path: str | Path) -> None:
     """Under a temporary name first: killed at any time, `path` is the old file or the new one."""
     path = Path(path)
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """As write_file does: a full disk leaves the old checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(buffer.getbuffer(), path)
 
 
 def read_checkpoint(path: str | Path, model: str) -> dict[str, Any]:

@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import itertools
 import json
@@ -11,28 +10,33 @@ import pytest
 import torch
 
 from leedl_fast import use_backend
-from leedl_fast.models import checkpoint as checkpoint_module
-from leedl_fast.models.checkpoint import KEY, read_checkpoint, write_checkpoint
-from leedl_fast.models.sampling import load_gpt, stream_text
-from leedl_fast.models.train_config import TrainConfig, resumed_config
-from leedl_fast.models.training import Recorder, train
+from leedl_fast.training import checkpoint as checkpoint_module
+from leedl_fast.training.callbacks import Recorder
+from leedl_fast.training.checkpoint import KEY, read_checkpoint, write_checkpoint
+from leedl_fast.training.engine import checkpoint_run, load_task, resumed_run, train
+from leedl_fast.training.registry import configure
+from leedl_fast.training.settings import Settings
+from leedl_fast.training.tasks.gpt import GPTSampleOptions
 
-SMALL = TrainConfig(
-    steps=12,
-    batch_size=4,
-    context=32,
-    layers=2,
-    heads=4,
-    width=32,
-    window=8,
-    warmup_steps=4,
-    validate_every=5,
-    checkpoint_every=5,
-)
+SIZES = {
+    "steps": 12,
+    "batch_size": 4,
+    "context_length": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "embed_dim": 32,
+    "window": 8,
+    "warmup_steps": 4,
+    "validate_every": 5,
+    "checkpoint_every": 5,
+}
 
 
 def small(**changes):
-    return dataclasses.replace(SMALL, **changes)
+    return configure("gpt", **SIZES | changes)
+
+
+SMALL = small()
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +49,13 @@ def trained(tmp_path_factory):
 def test_it_learns():
     result = train(small(steps=50, learning_rate=8e-3), quiet=True)
     assert result.losses[0] > 4
-    assert result.validation_losses[50] < 3.2
+    assert result.metrics["validation_loss"] < 3.2
     assert result.checkpoint is None
     assert len(result.losses) == len(result.step_times) == 50
 
 
 def test_eager_and_fused_runs_have_one_loss_curve():
-    config = small(steps=30, width=64, learning_rate=4e-3)
+    config = small(steps=30, embed_dim=64, learning_rate=4e-3)
     eager = train(config, backend="eager", quiet=True)
     fused = train(config, backend="cpu", quiet=True)
     torch.testing.assert_close(
@@ -91,7 +95,8 @@ def test_the_log_holds_every_loss(trained):
         for row in table
         if row["validation_loss"]
     }
-    assert validation == pytest.approx(result.validation_losses)
+    expected = {step: row["validation_loss"] for step, row in result.validation.items()}
+    assert validation == pytest.approx(expected)
     assert set(validation) == {5, 10, 12}
 
 
@@ -119,20 +124,21 @@ def test_ctrl_c_and_resume_give_the_uninterrupted_losses(trained, tmp_path, monk
     assert signal.getsignal(signal.SIGINT) is before
 
     checkpoint = read_checkpoint(first.checkpoint, "gpt")
-    assert checkpoint["global_step"] == 7
-    config = resumed_config(checkpoint[KEY], 7, {})
+    assert checkpoint[KEY]["step"] == 7
+    config = resumed_run(checkpoint[KEY], {})
     second = train(config, output=tmp_path, resume=first.checkpoint, quiet=True)
     assert second.first_step == 7
     assert not second.interrupted
     assert first.losses + second.losses == whole.losses
-    assert first.validation_losses | second.validation_losses == whole.validation_losses
+    assert first.validation | second.validation == whole.validation
+    assert second.metrics == whole.metrics
 
 
 def test_a_second_ctrl_c_ends_at_once_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 6, times=2)
     with pytest.raises(KeyboardInterrupt):
         train(SMALL, output=tmp_path, quiet=True)
-    assert read_checkpoint(tmp_path / "last.ckpt", "gpt")["global_step"] == 5
+    assert read_checkpoint(tmp_path / "last.ckpt", "gpt")[KEY]["step"] == 5
 
 
 def test_training_works_outside_the_main_thread():
@@ -147,7 +153,7 @@ def test_a_resumed_run_may_grow_longer(trained, tmp_path):
     folder, _ = trained
     about = read_checkpoint(folder / "last.ckpt", "gpt")[KEY]
     result = train(
-        resumed_config(about, 12, {"steps": 14}),
+        resumed_run(about, {"steps": 14}),
         output=tmp_path,
         resume=folder / "last.ckpt",
         quiet=True,
@@ -157,10 +163,10 @@ def test_a_resumed_run_may_grow_longer(trained, tmp_path):
 
 def test_what_a_resumed_run_must_not_change(trained):
     about = read_checkpoint(trained[0] / "last.ckpt", "gpt")[KEY]
-    with pytest.raises(ValueError, match=r"layers is 2 in the checkpoint and must not .*got 3"):
-        resumed_config(about, 12, {"layers": 3})
+    with pytest.raises(ValueError, match=r"num_layers is 2 in the checkpoint and must not .*got 3"):
+        resumed_run(about, {"num_layers": 3})
     with pytest.raises(ValueError, match=r"steps must be more than the 12 .*, got 12"):
-        resumed_config(about, 12, {})
+        resumed_run(about, {})
 
 
 def test_a_resumed_run_needs_the_same_text(trained, tmp_path):
@@ -168,10 +174,8 @@ def test_a_resumed_run_needs_the_same_text(trained, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("All happy families are alike. " * 20)
     about = read_checkpoint(folder / "last.ckpt", "gpt")[KEY]
-    config = resumed_config(about, 12, {"steps": 14, "data": str(other)})
-    with pytest.raises(
-        ValueError, match="data must be the text that the checkpoint was trained on"
-    ):
+    config = resumed_run(about, {"steps": 14, "data": str(other)})
+    with pytest.raises(ValueError, match="data must be those that the checkpoint was trained on"):
         train(config, resume=folder / "last.ckpt", quiet=True)
 
 
@@ -212,7 +216,7 @@ def test_bad_configs(options, message):
 
 
 def test_the_learning_rate_rises_and_falls():
-    config = small(steps=104, warmup_steps=4)
+    config = Settings(steps=104, warmup_steps=4)
     factors = [config.learning_rate_factor(step) for step in range(105)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
@@ -256,9 +260,9 @@ def test_checkpoints_that_are_none(trained, tmp_path):
             read_checkpoint(tmp_path / name, "gpt")
     for content in ({"weights": 1}, [1], {KEY: {"format": 99}}):
         torch.save(content, tmp_path / "foreign")
-        with pytest.raises(ValueError, match="checkpoint must be one of format 1 written by leedl"):
+        with pytest.raises(ValueError, match="checkpoint must be one of format 2 written by leedl"):
             read_checkpoint(tmp_path / "foreign", "gpt")
-    torch.save({KEY: {"format": 1, "model": "bert"}}, tmp_path / "bert")
+    torch.save({KEY: {"format": 2, "model": "bert"}}, tmp_path / "bert")
     with pytest.raises(ValueError, match="checkpoint must hold a gpt model, got one of bert"):
         read_checkpoint(tmp_path / "bert", "gpt")
     with pytest.raises(ValueError, match="checkpoint must be a file, got"):
@@ -266,29 +270,43 @@ def test_checkpoints_that_are_none(trained, tmp_path):
 
 
 def test_a_trained_model_speaks_its_vocabulary(trained):
-    model, vocabulary = load_gpt(trained[0] / "last.ckpt")
-    assert not model.training
+    task = load_task(trained[0] / "last.ckpt", "gpt")
+    assert not task.model.training
 
-    def text(**options):
-        return "".join(stream_text(model, vocabulary, "The ", 20, **options))
+    def text(prompt="The ", tokens=20, **options):
+        return "".join(task.sample(GPTSampleOptions(prompt=prompt, tokens=tokens, **options), None))
 
-    assert len(text()) == 20
+    assert len(text()) == 4 + 20
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert set(text(top_k=1)) == set(text(temperature=0))
     with pytest.raises(ValueError, match="prompt must have at least 1 character"):
-        next(stream_text(model, vocabulary, "", 1))
+        text("")
     with pytest.raises(ValueError, match="must be made of the vocabulary's characters"):
-        next(stream_text(model, vocabulary, "深", 1))
+        text("深")
 
 
 def test_the_checkpoint_says_how_it_was_made(trained):
     about = read_checkpoint(trained[0] / "last.ckpt", "gpt")[KEY]
-    assert TrainConfig(**about["config"]) == small(dropout=0.1)
-    assert json.dumps(about["config"])
+    assert checkpoint_run(about) == small(dropout=0.1)
+    assert json.dumps(about["settings"])
+
+
+def test_an_average_of_the_weights_resumes_exactly(tmp_path):
+    whole = train(small(ema_decay=0.9), quiet=True)
+    first = train(small(ema_decay=0.9, steps=6), output=tmp_path, quiet=True)
+    about = read_checkpoint(first.checkpoint, "gpt")[KEY]
+    assert whole.task.inference_model is whole.task.averaged
+    averaged = list(whole.task.averaged.parameters())
+    assert not torch.equal(averaged[0], next(whole.task.model.parameters()))
+    # A shorter run has another learning rate: what it left is compared, not where it leads.
+    loaded = load_task(first.checkpoint, "gpt")
+    for name, value in first.task.averaged.state_dict().items():
+        assert torch.equal(loaded.averaged.state_dict()[name], value), name
+    assert about["settings"]["ema_decay"] == 0.9
 
 
 def test_ctrl_c_at_the_last_step_is_a_finished_run(tmp_path, monkeypatch):
     interrupt_after(monkeypatch, 11)
     result = train(SMALL, output=tmp_path, quiet=True)
     assert not result.interrupted
-    assert 12 in result.validation_losses
+    assert 12 in result.validation

@@ -1,0 +1,3 @@
+from leedl_fast.cli import main
+
+main()

@@ -1,0 +1,210 @@
+"""Training the models, and what they make: models, train, sample, compare."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leedl_fast.cli.common import (
+    EXIT_INTERRUPTED,
+    Backend,
+    Changes,
+    Checkpoint,
+    app,
+    one_line_errors,
+)
+from leedl_fast.training.registry import TASKS, check_name
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(TASKS)}.")]
+
+
+@app.command()
+@one_line_errors()
+def models(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="List the options of this one.")
+    ] = None,
+) -> None:
+    """List the models: what each shows, its data, what it must reach, how long that took."""
+    from leedl_fast.training.listing import print_models, print_options
+
+    if name is None:
+        print_models()
+    else:
+        print_options(name)
+
+
+@app.command()
+@one_line_errors()
+def train(
+    name: Name,
+    set_: Changes = None,
+    variant: Annotated[str, typer.Option(help="One that `leedl-fast models NAME` lists.")] = "",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Your own file or folder. Default: the model's.", show_default=False),
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Download the data set first, if it is not here.")
+    ] = False,
+    backend: Backend = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for checkpoint and log. Default: a new one, runs/NAME-N.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Checkpoint to go on from, with the options it has.")
+    ] = None,
+    accelerator: Annotated[str, typer.Option(help="Lightning's: cpu, gpu, ...")] = "auto",
+    devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
+    strategy: Annotated[str, typer.Option(help="Lightning's: ddp, fsdp, ...")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+) -> None:
+    """Train a model and evaluate it.
+
+    Ctrl-C stops after the step at work and leaves a checkpoint to --resume from.
+    """
+    check_name(name)
+    from leedl_fast.data.fetch import fetch as fetch_data
+    from leedl_fast.training.checkpoint import KEY, read_checkpoint
+    from leedl_fast.training.engine import resumed_run
+    from leedl_fast.training.engine import train as run_training
+    from leedl_fast.training.registry import configure, task_class
+    from leedl_fast.training.settings import parse_changes
+
+    task = task_class(name)
+    changes = parse_changes(set_ or (), task.Settings, task.ModelConfig)
+    if data is not None:
+        changes["data"] = str(data)
+    if resume is None:
+        run = configure(name, variant, **changes)
+        output = _new_folder(Path("runs"), name) if output is None else output
+    else:
+        run = resumed_run(read_checkpoint(resume, name)[KEY], changes)
+        output = resume.parent if output is None else output
+    if fetch and run.settings.data is None:
+        for data_set in task.data_sets:
+            fetch_data(data_set)
+    result = run_training(
+        run,
+        output=output,
+        resume=resume,
+        backend=backend,
+        accelerator=accelerator,
+        devices=devices,
+        strategy=strategy,
+        quiet=quiet,
+    )
+    path = shlex.quote(str(result.checkpoint))
+    if result.interrupted:
+        typer.echo(
+            f"stopped after step {result.steps_done}; "
+            f"go on with: leedl-fast train {name} --resume {path}",
+            err=True,
+        )
+        raise typer.Exit(EXIT_INTERRUPTED)
+    metrics = ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+    typer.echo(
+        f"{result.steps_done} steps: loss {result.losses[-1]:.4f}, {metrics}, "
+        f"median {statistics.median(result.step_times):.3f} s per step\n"
+        f"go on with: leedl-fast sample {name} --checkpoint {path}"
+    )
+
+
+@app.command()
+@one_line_errors()
+def sample(
+    name: Name,
+    checkpoint: Checkpoint,
+    prompt: Annotated[
+        str | None, typer.Option(help="Short for --set prompt=...", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    set_: Changes = None,
+    output: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path(),
+    attention_maps: Annotated[
+        Path | None, typer.Option(help="Write who attends to whom as a picture, a PNG file.")
+    ] = None,
+    backend: Backend = None,
+) -> None:
+    """Show what a trained model makes: text, translations, tags, pictures."""
+    check_name(name)
+    from leedl_fast.backends import use_backend
+    from leedl_fast.training.callbacks import held_out
+    from leedl_fast.training.engine import load_task
+    from leedl_fast.training.pictures import write_maps
+    from leedl_fast.training.registry import task_class
+    from leedl_fast.training.settings import parse_changes
+
+    options_class = task_class(name).SampleOptions
+    values: dict[str, Any] = {"seed": seed} | parse_changes(set_ or (), options_class)
+    if prompt is not None:
+        if "prompt" not in {field.name for field in dataclasses.fields(options_class)}:
+            raise ValueError(f"--prompt is for models that read a text, got it with {name}")
+        values["prompt"] = prompt
+    options = options_class(**values)
+    task = load_task(checkpoint, name)
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(use_backend(backend))
+        stack.enter_context(held_out(task))
+        maps: dict[str, Any] = {}
+        if attention_maps is not None:
+            from leedl_fast.layers.attention_maps import record_attention
+
+            maps = stack.enter_context(record_attention(task.inference_model))
+        for text in task.sample(options, output):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    if attention_maps is not None:
+        write_maps(maps, attention_maps)
+        typer.echo(f"wrote {attention_maps}", err=True)
+
+
+@app.command()
+@one_line_errors()
+def compare(
+    name: Name,
+    set_: Changes = None,
+    variant: Annotated[str, typer.Option(help="One that `leedl-fast models NAME` lists.")] = "",
+    data: Annotated[Path | None, typer.Option(help="Your own file or folder.")] = None,
+    backend: Annotated[str, typer.Option(help="The backend beside eager.")] = "cpu",
+    steps: Annotated[int, typer.Option(help="Training steps of the loss curves.")] = 50,
+    output: Annotated[Path, typer.Option(help="The plot, a PNG file.")] = Path("compare.png"),
+) -> None:
+    """Train a model with plain PyTorch and with the fused kernels from one seed, side by side.
+
+    Exit code 1 when they disagree.
+    """
+    check_name(name)
+    from leedl_fast.training.compare import compare_backends, print_comparison
+    from leedl_fast.training.registry import configure, task_class
+    from leedl_fast.training.settings import parse_changes
+
+    task = task_class(name)
+    changes = parse_changes(set_ or (), task.Settings, task.ModelConfig) | {"steps": steps}
+    if data is not None:
+        changes["data"] = str(data)
+    comparison = compare_backends(configure(name, variant, **changes), backend)
+    print_comparison(comparison, output)
+    typer.echo(f"wrote {output}")
+    if not comparison.agrees:
+        raise typer.Exit(1)
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    number = 1
+    while (parent / f"{name}-{number}").exists():
+        number += 1
+    return parent / f"{name}-{number}"

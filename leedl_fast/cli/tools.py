@@ -1,0 +1,42 @@
+"""doctor and bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from leedl_fast.cli.common import app, one_line_errors
+
+
+@app.command()
+@one_line_errors()
+def doctor() -> None:
+    """Say which backends run on this machine, and why the others do not."""
+    from leedl_fast.doctor import report
+
+    report()
+
+
+@app.command()
+@one_line_errors()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes: about 5 minutes.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench-report"),
+    op: Annotated[
+        list[str] | None, typer.Option(help="Only this op, or gpt; may be given several times.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="The backend beside PyTorch's own.")] = "cpu",
+    save_results: Annotated[
+        bool, typer.Option("--save-results", help="Also keep the numbers of this kind of machine.")
+    ] = False,
+) -> None:
+    """Time every op beside PyTorch's own, check its numbers, and write a report."""
+    try:
+        from leedl_fast.benchmarks.run import bench as run_bench
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the benchmarks need more packages: pip install 'leedl_fast[bench]' ({error})"
+        ) from error
+    run_bench(quick, output, op, backend=backend, save_results=save_results)

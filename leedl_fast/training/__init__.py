@@ -1,0 +1,1 @@
+"""Training the models on real data: one loop for all, on Lightning; needs `leedl_fast[models]`."""
