@@ -54,7 +54,7 @@ IN_HALF = {
     "attention-bias-for-all",
     "attention-sigmoid-bias",
     "attention-relu",
-    "attention-few-queries-everything",
+    "attention-few-queries",
     "attention-everything",
     "attention-packed-everything",
     "add_layer_norm-one",

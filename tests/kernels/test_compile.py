@@ -161,9 +161,9 @@ EXTRAS: dict[str, Any] = {
 CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-bfloat16-64", _attention(bfloat16, 64, window=1024), tuple(TARGETS)),
     ("attention-bfloat16-128", _attention(bfloat16, 128, window=1024), tuple(TARGETS)),
-    ("attention-window", _attention(bfloat16, 128, with_backward=False), tuple(TARGETS)),
+    ("attention-window", _attention(bfloat16, 128, with_backward=False), ("sm_90", "gfx942")),
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
-    ("attention-extras", _attention(bfloat16, 64, **EXTRAS), ("sm_90", "gfx942")),
+    ("attention-extras", _attention(bfloat16, 64, **EXTRAS), ("sm_90",)),
     ("attention-packed", _attention(bfloat16, 128, packed=True), ("sm_90",)),
     ("attention-sigmoid", _attention(bfloat16, 128, normalizer="sigmoid"), ("sm_90",)),
     (
