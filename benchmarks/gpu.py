@@ -24,15 +24,18 @@ DEVICE = torch.device("cuda")
 BUDGET_S = 0.6  # per comparison
 
 
-def _milliseconds(functions: dict[str, Function]) -> dict[str, float | str]:
-    """Medians of interleaved calls, or why one cannot run."""
+def _milliseconds(
+    peers: dict[str, Function], prepare: Callable[[Function], Function] = lambda run: run
+) -> dict[str, float | str]:
+    """Medians of interleaved calls of what `prepare` makes of each peer, or why one cannot run."""
     runs: dict[str, Function] = {}
     results: dict[str, float | str] = {}
-    for name, function in functions.items():
+    for name, peer in peers.items():
         try:
+            function = prepare(peer)
             function()
         except Exception as error:
-            results[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            results[name] = repr(error)[:300]
         else:
             runs[name] = synchronized(function, DEVICE)
     timings = interleave(runs, BUDGET_S) if runs else {}
@@ -43,7 +46,9 @@ def _randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True)
 
 
-def _gradients(outputs: Any, inputs: list[Tensor]) -> Function:
+def _gradients(run: Function, inputs: list[Tensor]) -> Function:
+    """The backward pass alone."""
+    outputs = run()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     douts = [torch.randn_like(output) for output in outputs]
     return lambda: torch.autograd.grad(outputs, inputs, douts, retain_graph=True)
@@ -69,7 +74,7 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
     def flex() -> Tensor:
         return compiled(q, k, v, block_mask=mask)
 
-    peers: dict[str, Callable[[], Tensor]] = {"leedl_fast": ours}
+    peers: dict[str, Function] = {"leedl_fast": ours}
     if window is None:
         peers["SDPA flash"] = flash
     else:
@@ -84,19 +89,21 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
     limited = causal or window is not None
     pairs = _visible_pairs(seqlen, window[0] if window else None) if limited else seqlen**2
     flops = 4 * heads * 128 * pairs
-    backward: dict[str, Function] = {name: _gradients(run(), leaves) for name, run in peers.items()}
+
+    def backward(run: Function) -> Function:
+        return _gradients(run, leaves)
 
     def both(run: Function) -> Function:
         dout = torch.randn_like(q)
         return lambda: torch.autograd.grad(run(), leaves, dout)
 
     with torch.no_grad():
-        forward_ms = _milliseconds(dict(peers))
+        forward_ms = _milliseconds(peers)
     return {
         "forward": {"ms": forward_ms, "flops": flops},
-        "backward": {"ms": _milliseconds(backward), "flops": 2.5 * flops},
+        "backward": {"ms": _milliseconds(peers, backward), "flops": 2.5 * flops},
         "forward + backward": {
-            "ms": _milliseconds({name: both(run) for name, run in peers.items()}),
+            "ms": _milliseconds(peers, both),
             "flops": 3.5 * flops,
         },
     }
@@ -119,13 +126,16 @@ def _add_layer_norm(rows: int, n: int) -> dict:
         "eager": eager,
         "torch.compile": torch.compile(eager),
     }
-    backward = {name: _gradients(run(), leaves) for name, run in peers.items()}
+
+    def backward(run: Function) -> Function:
+        return _gradients(run, leaves)
+
     moved = 4 * rows * n * x.element_size()
     with torch.no_grad():
         forward_ms = _milliseconds(peers)
     return {
         "forward": {"ms": forward_ms, "bytes": moved},
-        "backward": {"ms": _milliseconds(backward), "bytes": moved},
+        "backward": {"ms": _milliseconds(peers, backward), "bytes": moved},
     }
 
 
