@@ -19,7 +19,18 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"layers", "ops", "backends", "data"},
     "integrations": {"layers", "ops"},
     "doctor": {"backends", "config"},
-    "cli": {"doctor", "models", "data", "benchmarks", "layers", "ops", "backends", "testing"},
+    "tuning": {"ops", "kernels"},
+    "cli": {
+        "tuning",
+        "doctor",
+        "models",
+        "data",
+        "benchmarks",
+        "layers",
+        "ops",
+        "backends",
+        "testing",
+    },
     "__init__": {"backends", "ops"},
 }
 
