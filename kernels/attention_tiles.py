@@ -110,15 +110,6 @@ def query_tiles(first_key, window, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def is_visible(query, key, window):
-    """query and key are broadcast against each other."""
-    shift, window_left, window_right, seqlen_q, key_end = window
-    position = query + shift
-    inside = (key >= position - window_left) & (key <= position + window_right)
-    return inside & (query < seqlen_q) & (key < key_end)
-
-
-@triton.jit
 def sees_one_key(query, window):
     """The probability of such a query's key is 1 whatever the score: its dp and delta, equal but
     for their rounding, are left out of ds.
