@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -28,6 +29,7 @@ def bench(
     save_results: bool = False,
     tiny: bool = False,
     backend: str = "cpu",
+    device: str = "cpu",
 ) -> Path:
     """Measure, print the tables and write the report into the folder `output`.
 
@@ -38,6 +40,7 @@ def bench(
         save_results: also write benchmarks/results/<machine>.json beside this file.
         tiny: the smallest sizes, to see that everything runs; the times mean nothing.
         backend: the backend that is measured as leedl_fast.
+        device: where everything runs.
 
     Returns:
         The path of the page.
@@ -47,10 +50,10 @@ def bench(
             failed (the report says which); 130 after Ctrl-C (the report holds what was finished).
     """
     ops = _check_ops(ops)
-    _check_backend(backend)
+    _check_backend(backend, device)
     _check_folder(output)
     tier = "tiny" if tiny else "quick" if quick else "full"
-    recorder = Recorder(Settings(tier, backend))
+    recorder = Recorder(Settings(tier, backend, torch.device(device)))
     console = Console()
     with _Screen(console, recorder) as screen:
         status = pytest.main(_pytest_arguments(ops), plugins=[recorder, screen])
@@ -94,13 +97,11 @@ def _check_ops(ops: Sequence[str] | None) -> Sequence[str]:
     return ops or OPS
 
 
-def _check_backend(backend: str) -> None:
+def _check_backend(backend: str, device: str) -> None:
     """Without the compiled kernels there is nothing to compare: say so before anything runs."""
-    import torch
-
     from leedl_fast import attention
 
-    q = torch.zeros(1, 1, 1, 1)
+    q = torch.zeros(1, 1, 1, 1, device=device)
     try:
         attention(q, q, q, backend=backend)
     except (NotImplementedError, ValueError) as error:

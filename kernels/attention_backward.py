@@ -1,29 +1,46 @@
-"""The backward pass of windowed attention in Triton; `leedl_fast.reference.attention` derives the
-formulas.
+"""The backward pass of attention in Triton; `leedl_fast.reference.attention` derives the formulas.
 
 Deterministic, without atomics: one kernel owns tiles of dk and dv and loops over the queries that
-see them, one owns tiles of dq and loops over the keys that they see. Both make the probabilities
-again from the scores and each row's maximum and sum of exponentials, as the forward pass made them:
-p = exp2(score * factor - row_max * |factor|) / row_sum, with factor = softmax_scale log2(e).
+see them, one owns tiles of dq and loops over the keys that they see, and one, in attention_bias,
+owns tiles of dbias. All make the probabilities again from the scores and each row's statistics, as
+the forward pass made them: p = exp2(score * factor - row_max) / row_sum.
 """
 
-import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from leedl_fast.kernels import attention_bias
+from leedl_fast.kernels.attention_arguments import (
+    Call,
+    Statistics,
+    call_of,
+    heads,
+    statistics_of,
+    tiles_of,
+)
+from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_scores import (
+    LOG2_E,
+    head_of,
+    is_kept,
+    load_statistics,
+    place_of,
+    probability,
+    product_gradient,
+    rows_of,
+    score,
+    score_gradient,
+    statistics_row,
+    window_of,
+)
 from leedl_fast.kernels.attention_tiles import (
-    blocks_for,
     dot,
-    is_visible,
-    key_end_of,
     key_tiles,
     load_rows,
-    padded,
-    precision,
-    program_of,
     query_tiles,
     sees_one_key,
     store_rows,
@@ -33,467 +50,318 @@ _DELTA_BLOCK = 32
 
 
 @triton.jit
-def _delta_kernel(
-    delta_ptr,
-    dout_ptr,
-    out_ptr,
-    dlse_ptr,
-    key_lengths_ptr,
-    dout_stride_b,
-    dout_stride_h,
-    dout_stride_m,
-    out_stride_b,
-    out_stride_h,
-    out_stride_m,
-    num_heads,
-    seqlen_q,
-    seqlen_k,
-    window_left,
-    window_right,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """delta = dout . out - dlse; one program owns BLOCK_M queries of one head."""
-    tile, head, batch = program_of(tl.cdiv(seqlen_q, BLOCK_M), num_heads)
-    dout_ptr += batch * dout_stride_b + head * dout_stride_h
-    out_ptr += batch * out_stride_b + head * out_stride_h
-    key_end = key_end_of(key_lengths_ptr, batch, seqlen_k)
-    window = (seqlen_k - seqlen_q, window_left, window_right, seqlen_q, key_end)
-    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    dout = load_rows(dout_ptr, query, dout_stride_m, seqlen_q, HEAD_DIM_V, BLOCK_DV, True)
-    out = load_rows(out_ptr, query, out_stride_m, seqlen_q, HEAD_DIM_V, BLOCK_DV, True)
-    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    delta = tl.where(sees_one_key(query, window), 0.0, delta)
-    row = (batch * num_heads + head) * seqlen_q + query
+def _delta_kernel(statistics, part_dsinks_ptr, dlse_ptr, dout, out, call, BLOCK_M: tl.constexpr):
+    """delta = dout . out - dlse, and what these rows give to dsinks; one program owns BLOCK_M
+    queries of one head.
+    """
+    place = place_of(call, False, BLOCK_M)
+    head, batch, seqlen_q = place.head, place.batch, place.seqlen_q
+    query = place.first + tl.arange(0, BLOCK_M)
+    dout_ptr = head_of(dout, batch, head, place.first_query)
+    out_ptr = head_of(out, batch, head, place.first_query)
+    do = load_rows(dout_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    o = load_rows(out_ptr, query, out.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
+    if call.sinks is None:
+        delta = tl.where(sees_one_key(query, window_of(call, place)), 0.0, delta)
+    row = statistics_row(call, place, head) + query
+    exists = query < seqlen_q
     if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, query < seqlen_q, other=0)
-    tl.store(delta_ptr + row, delta, query < seqlen_q)
+        delta -= tl.load(dlse_ptr + row, exists, other=0)
+    tl.store(statistics.delta + row, delta, exists)
+    if call.sinks is not None:
+        sink = tl.load(call.sinks + head) * LOG2_E
+        row_sum = tl.load(statistics.row_sum + row, exists, other=1)
+        p = tl.exp2(sink - tl.load(statistics.row_max + row, exists, other=float("inf"))) / row_sum
+        tl.store(part_dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
 
 
 @triton.jit
-def _load_statistics(row_max_ptr, row_sum_ptr, delta_ptr, row, exists, base_factor):
-    """(row_max * |factor|, 1 / row_sum, delta), zeros for rows that see no key or do not exist."""
-    row_max = tl.load(row_max_ptr + row, exists, other=0)
-    row_sum = tl.load(row_sum_ptr + row, exists, other=0)
-    delta = tl.load(delta_ptr + row, exists, other=0)
-    is_empty = row_sum == 0
-    base = tl.where(is_empty, 0.0, row_max * base_factor)
-    return base, tl.where(is_empty, 0.0, 1.0 / tl.where(is_empty, 1.0, row_sum)), delta
+def _add_to_dq(
+    dq,
+    q,
+    dout,
+    of_rows,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    rows,
+    key_end,
+    begin,
+    end,
+    call,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds what key tiles begin .. end - 1 give to dq."""
+    for tile in range(begin, end):
+        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        k = load_rows(k_ptr, key, k_stride, key_end, call.HEAD_DIM, call.BLOCK_D, MASKED)
+        product = dot(q, tl.trans(k), zeros, call.PRECISION)  # [BLOCK_M, BLOCK_N]
+        scores, capped = score(product, rows, key[None, :], call, MASKED)
+        p = probability(scores, of_rows, call)
+        v = load_rows(v_ptr, key, v_stride, key_end, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
+        dp = dot(dout, tl.trans(v), zeros, call.PRECISION)
+        kept = None
+        if call.seed is not None:
+            kept = is_kept(rows.query, rows, tile * BLOCK_N, call, BLOCK_M, BLOCK_N)
+        ds = score_gradient(p, dp, kept, of_rows, rows, call, MASKED)
+        ds = product_gradient(ds, capped, call)
+        dq = dot(ds.to(k.dtype), k, dq, call.PRECISION)  # [BLOCK_M, BLOCK_D]
+    return dq
 
 
 @triton.jit
-def _key_value_loop(
+def _query_kernel(
+    dq,
+    dout,
+    q,
+    k,
+    v,
+    statistics,
+    call,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns BLOCK_M queries of one head."""
+    place = place_of(call, False, BLOCK_M)
+    head, batch, seqlen_q = place.head, place.batch, place.seqlen_q
+    window = window_of(call, place)
+    query = place.first + tl.arange(0, BLOCK_M)
+    end_query = tl.minimum(place.first + BLOCK_M, seqlen_q)
+    tiles = key_tiles(place.first, end_query, window, BLOCK_N)
+
+    q_ptr = head_of(q, batch, head, place.first_query)
+    q_rows = load_rows(q_ptr, query, q.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D, True)
+    dout_ptr = head_of(dout, batch, head, place.first_query)
+    do = load_rows(dout_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    row = statistics_row(call, place, head) + query
+    acc = tl.zeros((BLOCK_M, call.BLOCK_D), tl.float32)
+    of_rows = load_statistics(statistics, row[:, None], (query < seqlen_q)[:, None], call)
+    for part in tl.static_range(3):
+        acc = _add_to_dq(
+            acc,
+            q_rows,
+            do,
+            of_rows,
+            head_of(k, batch, head // call.group, place.first_key),
+            head_of(v, batch, head // call.group, place.first_key),
+            k.stride_m,
+            v.stride_m,
+            rows_of(call, window, batch, place.sample, head, query[:, None]),
+            window.key_end,
+            tiles[part],
+            tiles[part + 1],
+            call,
+            BLOCK_M,
+            BLOCK_N,
+            part != 1,
+        )
+    dq_ptr = head_of(dq, batch, head, place.first_query)
+    acc = acc * call.softmax_scale
+    store_rows(dq_ptr, acc, query, dq.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D)
+
+
+@triton.jit
+def _add_to_dk_dv(
     dk,
     dv,
     k,
     v,
-    q_ptr,
-    dout_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    delta_ptr,
-    q_stride_h,
-    q_stride_m,
-    dout_stride_h,
-    dout_stride_m,
+    q,
+    dout,
+    statistics,
     key,
-    group,
+    first_key,
+    place,
+    window,
     begin,
     end,
-    window,
-    factor,
-    base_factor,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    call,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Adds what query tiles begin .. end - 1 of a group's heads give to dk and dv: one loop over
     heads and tiles, as two would need more registers. Scores are [keys, queries] here, so that none
     is transposed.
     """
-    seqlen_q = window[3]
+    batch, seqlen_q = place.batch, place.seqlen_q
+    first_head = place.head * call.group
+    first_row = statistics_row(call, place, first_head)
+    q_ptr = head_of(q, batch, first_head, place.first_query)
+    dout_ptr = head_of(dout, batch, first_head, place.first_query)
     tiles = end - begin
-    for i in range(0, group * tiles):
-        head = (i // tiles).to(tl.int64)
+    for i in range(0, call.group * tiles):
+        in_group = (i // tiles).to(tl.int64)
+        head = first_head + in_group
         query = (begin + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-        row = head * seqlen_q + query
-        base, inverse_sum, delta = _load_statistics(
-            row_max_ptr, row_sum_ptr, delta_ptr, row, query < seqlen_q, base_factor
-        )
+        rows = rows_of(call, window, batch, place.sample, head, query[None, :])
+        row = first_row + in_group * call.seqlen_q + query
+        of_rows = load_statistics(statistics, row[None, :], (query < seqlen_q)[None, :], call)
         zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        head_ptr = q_ptr + head * q_stride_h
-        q = load_rows(head_ptr, query, q_stride_m, seqlen_q, HEAD_DIM, BLOCK_D, MASKED)
-        scores = dot(k, tl.trans(q), zeros, PRECISION)  # [BLOCK_N, BLOCK_M]
-        p = tl.exp2(tl.fma(scores, factor, -base[None, :])) * inverse_sum[None, :]
-        if MASKED:
-            p = tl.where(is_visible(query[None, :], key[:, None], window), p, 0.0)
-        head_ptr = dout_ptr + head * dout_stride_h
-        dout = load_rows(head_ptr, query, dout_stride_m, seqlen_q, HEAD_DIM_V, BLOCK_DV, MASKED)
-        dv = dot(p.to(dout.dtype), dout, dv, PRECISION)  # [BLOCK_N, BLOCK_DV]
-        dp = dot(v, tl.trans(dout), zeros, PRECISION)
-        if MASKED:
-            dp = tl.where(sees_one_key(query, window)[None, :], 0.0, dp)
-        ds = p * (dp - delta[None, :])
-        dk = dot(ds.to(q.dtype), q, dk, PRECISION)  # [BLOCK_N, BLOCK_D]
+        head_ptr = q_ptr + in_group * q.stride_h
+        q_rows = load_rows(
+            head_ptr, query, q.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D, MASKED
+        )
+        product = dot(k, tl.trans(q_rows), zeros, call.PRECISION)  # [BLOCK_N, BLOCK_M]
+        scores, capped = score(product, rows, key[:, None], call, MASKED)
+        p = probability(scores, of_rows, call)
+        kept = None
+        dropped = p
+        if call.seed is not None:
+            kept = tl.trans(is_kept(query[:, None], rows, first_key, call, BLOCK_M, BLOCK_N))
+            dropped = tl.where(kept, p, 0.0)
+        head_ptr = dout_ptr + in_group * dout.stride_h
+        do = load_rows(
+            head_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, MASKED
+        )
+        dv = dot(dropped.to(do.dtype), do, dv, call.PRECISION)  # [BLOCK_N, BLOCK_DV]
+        dp = dot(v, tl.trans(do), zeros, call.PRECISION)
+        ds = score_gradient(p, dp, kept, of_rows, rows, call, MASKED)
+        ds = product_gradient(ds, capped, call)
+        dk = dot(ds.to(q_rows.dtype), q_rows, dk, call.PRECISION)  # [BLOCK_N, BLOCK_D]
     return dk, dv
 
 
 @triton.jit
 def _key_value_kernel(
-    dk_ptr,
-    dv_ptr,
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    key_lengths_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    delta_ptr,
-    dk_stride_b,
-    dk_stride_h,
-    dk_stride_n,
-    dv_stride_b,
-    dv_stride_h,
-    dv_stride_n,
-    dout_stride_b,
-    dout_stride_h,
-    dout_stride_m,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    num_heads_k,
-    group,
-    seqlen_q,
-    seqlen_k,
-    window_left,
-    window_right,
-    softmax_scale,
-    factor,
-    base_factor,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
+    dk,
+    dv,
+    dout,
+    q,
+    k,
+    v,
+    statistics,
+    call,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One program owns BLOCK_N keys of one head of k and v, for all query heads that read it."""
-    tile, head_k, batch = program_of(tl.cdiv(seqlen_k, BLOCK_N), num_heads_k)
-    k_ptr += batch * k_stride_b + head_k * k_stride_h
-    v_ptr += batch * v_stride_b + head_k * v_stride_h
-    key_end = key_end_of(key_lengths_ptr, batch, seqlen_k)
-    window = (seqlen_k - seqlen_q, window_left, window_right, seqlen_q, key_end)
-    key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin, inner_begin, inner_end, end = query_tiles(tile * BLOCK_N, window, BLOCK_N, BLOCK_M)
+    place = place_of(call, True, BLOCK_N)
+    head, batch, key_end = place.head, place.batch, place.key_end
+    window = window_of(call, place)
+    key = place.first + tl.arange(0, BLOCK_N)
+    tiles = query_tiles(place.first, window, BLOCK_N, BLOCK_M)
 
-    k = load_rows(k_ptr, key, k_stride_n, key_end, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, key, v_stride_n, key_end, HEAD_DIM_V, BLOCK_DV, True)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    q_ptr += batch * q_stride_b + head_k * group * q_stride_h
-    dout_ptr += batch * dout_stride_b + head_k * group * dout_stride_h
-    row = (batch * num_heads_k + head_k) * group * seqlen_q
+    k_ptr = head_of(k, batch, head, place.first_key)
+    v_ptr = head_of(v, batch, head, place.first_key)
+    k_rows = load_rows(k_ptr, key, k.stride_m, key_end, call.HEAD_DIM, call.BLOCK_D, True)
+    v_rows = load_rows(v_ptr, key, v.stride_m, key_end, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    acc_dk = tl.zeros((BLOCK_N, call.BLOCK_D), tl.float32)
+    acc_dv = tl.zeros((BLOCK_N, call.BLOCK_DV), tl.float32)
     for part in tl.static_range(3):
-        if part == 0:
-            start, stop = begin, inner_begin
-        elif part == 1:
-            start, stop = inner_begin, inner_end
-        else:
-            start, stop = inner_end, end
-        dk, dv = _key_value_loop(
-            dk,
-            dv,
-            k,
-            v,
-            q_ptr,
-            dout_ptr,
-            row_max_ptr + row,
-            row_sum_ptr + row,
-            delta_ptr + row,
-            q_stride_h,
-            q_stride_m,
-            dout_stride_h,
-            dout_stride_m,
-            key,
-            group,
-            start,
-            stop,
-            window,
-            factor,
-            base_factor,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_N,
-            BLOCK_M,
-            PRECISION,
-            part != 1,
-        )
-    dk_ptr += batch * dk_stride_b + head_k * dk_stride_h
-    dv_ptr += batch * dv_stride_b + head_k * dv_stride_h
-    store_rows(dk_ptr, dk * softmax_scale, key, dk_stride_n, seqlen_k, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr, dv, key, dv_stride_n, seqlen_k, HEAD_DIM_V, BLOCK_DV)
-
-
-@triton.jit
-def _query_loop(
-    dq,
-    q,
-    dout,
-    base,
-    inverse_sum,
-    delta,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
-    query,
-    begin,
-    end,
-    window,
-    factor,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """Adds what key tiles begin .. end - 1 give to dq."""
-    key_end = window[4]
-    for tile in range(begin, end):
-        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        k = load_rows(k_ptr, key, k_stride, key_end, HEAD_DIM, BLOCK_D, MASKED)
-        scores = dot(q, tl.trans(k), zeros, PRECISION)  # [BLOCK_M, BLOCK_N]
-        p = tl.exp2(tl.fma(scores, factor, -base[:, None])) * inverse_sum[:, None]
-        if MASKED:
-            p = tl.where(is_visible(query[:, None], key[None, :], window), p, 0.0)
-        v = load_rows(v_ptr, key, v_stride, key_end, HEAD_DIM_V, BLOCK_DV, MASKED)
-        dp = dot(dout, tl.trans(v), zeros, PRECISION)
-        if MASKED:
-            dp = tl.where(sees_one_key(query, window)[:, None], 0.0, dp)
-        ds = p * (dp - delta[:, None])
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)  # [BLOCK_M, BLOCK_D]
-    return dq
-
-
-@triton.jit
-def _query_kernel(
-    dq_ptr,
-    dout_ptr,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    key_lengths_ptr,
-    row_max_ptr,
-    row_sum_ptr,
-    delta_ptr,
-    dq_stride_b,
-    dq_stride_h,
-    dq_stride_m,
-    dout_stride_b,
-    dout_stride_h,
-    dout_stride_m,
-    q_stride_b,
-    q_stride_h,
-    q_stride_m,
-    k_stride_b,
-    k_stride_h,
-    k_stride_n,
-    v_stride_b,
-    v_stride_h,
-    v_stride_n,
-    num_heads,
-    group,
-    seqlen_q,
-    seqlen_k,
-    window_left,
-    window_right,
-    softmax_scale,
-    factor,
-    base_factor,
-    HEAD_DIM: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program owns BLOCK_M queries of one head."""
-    tile, head, batch = program_of(tl.cdiv(seqlen_q, BLOCK_M), num_heads)
-    q_ptr += batch * q_stride_b + head * q_stride_h
-    dout_ptr += batch * dout_stride_b + head * dout_stride_h
-    k_ptr += batch * k_stride_b + head // group * k_stride_h
-    v_ptr += batch * v_stride_b + head // group * v_stride_h
-    key_end = key_end_of(key_lengths_ptr, batch, seqlen_k)
-    window = (seqlen_k - seqlen_q, window_left, window_right, seqlen_q, key_end)
-    first = tile * BLOCK_M
-    query = first + tl.arange(0, BLOCK_M)
-    begin, inner_begin, inner_end, end = key_tiles(
-        first, tl.minimum(first + BLOCK_M, seqlen_q), window, BLOCK_N
-    )
-
-    q = load_rows(q_ptr, query, q_stride_m, seqlen_q, HEAD_DIM, BLOCK_D, True)
-    dout = load_rows(dout_ptr, query, dout_stride_m, seqlen_q, HEAD_DIM_V, BLOCK_DV, True)
-    row = (batch * num_heads + head) * seqlen_q + query
-    base, inverse_sum, delta = _load_statistics(
-        row_max_ptr, row_sum_ptr, delta_ptr, row, query < seqlen_q, base_factor
-    )
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(3):
-        if part == 0:
-            start, stop = begin, inner_begin
-        elif part == 1:
-            start, stop = inner_begin, inner_end
-        else:
-            start, stop = inner_end, end
-        dq = _query_loop(
-            dq,
+        acc_dk, acc_dv = _add_to_dk_dv(
+            acc_dk,
+            acc_dv,
+            k_rows,
+            v_rows,
             q,
             dout,
-            base,
-            inverse_sum,
-            delta,
-            k_ptr,
-            v_ptr,
-            k_stride_n,
-            v_stride_n,
-            query,
-            start,
-            stop,
+            statistics,
+            key,
+            place.first,
+            place,
             window,
-            factor,
-            HEAD_DIM,
-            HEAD_DIM_V,
-            BLOCK_D,
-            BLOCK_DV,
-            BLOCK_M,
+            tiles[part],
+            tiles[part + 1],
+            call,
             BLOCK_N,
-            PRECISION,
+            BLOCK_M,
             part != 1,
         )
-    dq_ptr += batch * dq_stride_b + head * dq_stride_h
-    store_rows(dq_ptr, dq * softmax_scale, query, dq_stride_m, seqlen_q, HEAD_DIM, BLOCK_D)
+    acc_dk = acc_dk * call.softmax_scale
+    if call.seed is not None:
+        acc_dv = acc_dv * call.keep_scale
+    dk_ptr = head_of(dk, batch, head, place.first_key)
+    dv_ptr = head_of(dv, batch, head, place.first_key)
+    seqlen_k = place.seqlen_k
+    store_rows(dk_ptr, acc_dk, key, dk.stride_m, seqlen_k, call.HEAD_DIM, call.BLOCK_D)
+    store_rows(dv_ptr, acc_dv, key, dv.stride_m, seqlen_k, call.HEAD_DIM_V, call.BLOCK_DV)
 
 
 def backward(
+    problem: Any,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    dbias: Tensor,
+    dsinks: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_lengths: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    *,
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
+    bias: Tensor | None,
+    *others: Tensor | None,
 ) -> None:
-    """(batch, heads, seqlen, dim) tensors with a contiguous last dimension; dlse and the statistics
-    (batch, num_heads, seqlen_q) and contiguous, float32.
+    """Fills the gradients; dlse and the statistics as `attention.forward` has lse and them.
+
+    problem: the Problem of leedl_fast.ops.attention_problem; others: the rest of its Inputs, out,
+    and the statistics row_max and row_sum of the forward pass.
     """
-    batch, num_heads, seqlen_q, head_dim = q.shape
-    num_heads_k, seqlen_k, head_dim_v = v.shape[1:]
-    group = num_heads // max(num_heads_k, 1)
-    sizes = (seqlen_q, seqlen_k, window_left, window_right)
-    factor = softmax_scale * math.log2(math.e)
-    factors = (softmax_scale, factor, abs(factor))
-    dims = {
-        "HEAD_DIM": head_dim,
-        "HEAD_DIM_V": head_dim_v,
-        "BLOCK_D": padded(head_dim),
-        "BLOCK_DV": padded(head_dim_v),
-        "PRECISION": precision(q.dtype),
-        "enable_fp_fusion": False,
-    }
-
-    def strides(*tensors: Tensor) -> tuple[int, ...]:
-        return tuple(stride for tensor in tensors for stride in tensor.stride()[:3])
-
-    delta = torch.empty_like(row_max)
-    if delta.numel():
-        _delta_kernel[(batch * num_heads * triton.cdiv(seqlen_q, _DELTA_BLOCK),)](
-            delta,
-            dout,
-            out,
-            dlse,
-            key_lengths,
-            *strides(dout, out),
-            num_heads,
-            *sizes,
-            HEAD_DIM_V=head_dim_v,
-            BLOCK_DV=padded(head_dim_v),
-            BLOCK_M=_DELTA_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-        blocks = blocks_for("query", q, v)
-        _query_kernel[(batch * num_heads * triton.cdiv(seqlen_q, blocks.own),)](
-            dq,
-            dout,
-            q,
-            k,
-            v,
-            key_lengths,
-            row_max,
-            row_sum,
-            delta,
-            *strides(dq, dout, q, k, v),
-            num_heads,
-            group,
-            *sizes,
-            *factors,
+    *options, out, row_max, row_sum = others
+    call = call_of(problem, bias, *options)
+    statistics = statistics_of(problem, row_max, row_sum)
+    if statistics.delta is not None:
+        _fill_delta(problem, statistics, dsinks, dlse, dout, out, call)
+    tensors = heads(dout), heads(q), heads(k), heads(v), statistics, call
+    if dq.numel():
+        blocks = blocks_for("query", problem)
+        tiles = tiles_of(problem, problem.seqlen_q, blocks.own)
+        _query_kernel[(problem.batch * problem.num_heads * tiles,)](
+            heads(dq),
+            *tensors,
             BLOCK_M=blocks.own,
             BLOCK_N=blocks.step,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
-            **dims,
+            enable_fp_fusion=False,
         )
-    if batch * num_heads_k * seqlen_k:
-        blocks = blocks_for("key_value", q, v)
-        _key_value_kernel[(batch * num_heads_k * triton.cdiv(seqlen_k, blocks.own),)](
-            dk,
-            dv,
-            dout,
-            q,
-            k,
-            v,
-            key_lengths,
-            row_max,
-            row_sum,
-            delta,
-            *strides(dk, dv, dout, q, k, v),
-            num_heads_k,
-            group,
-            *sizes,
-            *factors,
+    if dk.numel() or dv.numel():
+        blocks = blocks_for("key_value", problem)
+        tiles = tiles_of(problem, problem.seqlen_k, blocks.own)
+        _key_value_kernel[(problem.batch * problem.num_heads_k * tiles,)](
+            heads(dk),
+            heads(dv),
+            *tensors,
             BLOCK_N=blocks.own,
             BLOCK_M=blocks.step,
             num_warps=blocks.num_warps,
             num_stages=blocks.num_stages,
-            **dims,
+            enable_fp_fusion=False,
         )
+    if problem.wants_dbias:
+        attention_bias.backward(problem, dbias, *tensors)
+
+
+def _fill_delta(
+    problem: Any,
+    statistics: Statistics,
+    dsinks: Tensor,
+    dlse: Tensor | None,
+    dout: Tensor,
+    out: Tensor,
+    call: Call,
+) -> None:
+    tiles = tiles_of(problem, problem.seqlen_q, _DELTA_BLOCK)
+    part_dsinks = None
+    if problem.has_sinks:
+        part_dsinks = dsinks.new_empty(problem.batch, problem.num_heads, tiles)
+    if statistics.delta.numel():
+        _delta_kernel[(problem.batch * problem.num_heads * tiles,)](
+            statistics,
+            part_dsinks,
+            dlse,
+            heads(dout),
+            heads(out),
+            call,
+            BLOCK_M=_DELTA_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+    if part_dsinks is not None:
+        torch.sum(part_dsinks, (0, 2), out=dsinks)

@@ -1,19 +1,28 @@
 """What the kernels of both passes of attention share: tile ranges, masks, loads and dots.
 
-A `window` is the tuple (shift, window_left, window_right, seqlen_q, key_end): query i < seqlen_q
-sees key j < key_end when i + shift - window_left <= j <= i + shift + window_right, with shift =
-seqlen_k - seqlen_q. csrc/common/attention_tiles.h says the same to C++.
+csrc/common/attention_tiles.h says the same to C++.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # The interpreter keeps bfloat16 numbers as integers, and would multiply those.
 _PROMOTE_DOT = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Window(NamedTuple):
+    """Query i < seqlen_q sees key j < key_end when i + shift - window_left <= j <= i + shift +
+    window_right, with shift = seqlen_k - seqlen_q.
+    """
+
+    shift: Any
+    window_left: Any
+    window_right: Any
+    seqlen_q: Any
+    key_end: Any
 
 
 @triton.jit
@@ -33,6 +42,24 @@ def program_of(tiles, num_heads):
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
     return tiles - 1 - program % tiles, row % num_heads, row // num_heads
+
+
+@triton.jit
+def tile_in_pack(cu_seqlens_ptr, tile, num_sequences, BLOCK: tl.constexpr):
+    """(sequence, first row in it) of a tile of packed sequences.
+
+    The tiles of sequence s begin at number cu_seqlens[s] // BLOCK + s, which leaves room for a last
+    partial one; those that are left over begin at or after the sequence's end.
+    """
+    sequence = tile * 0
+    after = sequence + num_sequences
+    while sequence + 1 < after:
+        middle = (sequence + after) // 2
+        is_before = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= tile
+        sequence = tl.where(is_before, middle, sequence)
+        after = tl.where(is_before, after, middle)
+    begin = (tl.load(cu_seqlens_ptr + sequence) // BLOCK).to(tl.int32) + sequence
+    return sequence, (tile - begin) * BLOCK
 
 
 @triton.jit
@@ -83,15 +110,6 @@ def query_tiles(first_key, window, BLOCK_KEYS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def is_visible(query, key, window):
-    """query and key are broadcast against each other."""
-    shift, window_left, window_right, seqlen_q, key_end = window
-    position = query + shift
-    inside = (key >= position - window_left) & (key <= position + window_right)
-    return inside & (query < seqlen_q) & (key < key_end)
-
-
-@triton.jit
 def sees_one_key(query, window):
     """The probability of such a query's key is 1 whatever the score: its dp and delta, equal but
     for their rounding, are left out of ds.
@@ -126,90 +144,6 @@ def store_rows(ptr, tile, row, stride, row_end, DIM: tl.constexpr, BLOCK: tl.con
     pointer = ptr + row.to(tl.int64)[:, None] * stride + column[None, :]
     mask = (row < row_end)[:, None] & (column < DIM)[None, :]
     tl.store(pointer, tile.to(ptr.dtype.element_ty), mask)
-
-
-class Blocks(NamedTuple):
-    """Tile sizes of one kernel: the rows that a program owns, and those of a step of its loop."""
-
-    own: int
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-# By kernel, bytes of a number and largest head_dim; for NVIDIA's "hopper" and later, "ampere", and
-# AMD's "cdna". Chosen by what the compiler reports: the largest tiles that spill no registers.
-# float32 dots run out of registers, not on tensor cores; their "query" kernel spills a few above
-# head_dim 64 whatever its tiles.
-_BLOCKS = {
-    ("forward", 2, 64): {
-        "hopper": Blocks(128, 64, 4, 3),
-        "ampere": Blocks(128, 64, 8, 3),
-        "cdna": Blocks(128, 64, 4, 2),
-    },
-    ("forward", 2, 128): {
-        "hopper": Blocks(128, 64, 8, 3),
-        "ampere": Blocks(128, 64, 8, 3),
-        "cdna": Blocks(128, 32, 8, 2),
-    },
-    ("forward", 2, 256): {
-        "hopper": Blocks(128, 32, 8, 2),
-        "ampere": Blocks(64, 32, 8, 2),
-        "cdna": Blocks(64, 32, 4, 1),
-    },
-    ("query", 2, 64): {
-        "hopper": Blocks(128, 64, 8, 2),
-        "ampere": Blocks(128, 64, 8, 2),
-        "cdna": Blocks(128, 64, 8, 2),
-    },
-    ("query", 2, 128): {
-        "hopper": Blocks(128, 32, 8, 2),
-        "ampere": Blocks(128, 32, 8, 2),
-        "cdna": Blocks(128, 32, 8, 2),
-    },
-    ("query", 2, 256): {
-        "hopper": Blocks(32, 32, 8, 1),
-        "ampere": Blocks(32, 32, 8, 1),
-        "cdna": Blocks(32, 32, 4, 1),
-    },
-    ("key_value", 2, 64): {
-        "hopper": Blocks(128, 64, 8, 2),
-        "ampere": Blocks(128, 32, 8, 2),
-        "cdna": Blocks(64, 32, 4, 1),
-    },
-    ("key_value", 2, 128): {
-        "hopper": Blocks(128, 32, 8, 1),
-        "ampere": Blocks(64, 32, 8, 2),
-        "cdna": Blocks(32, 32, 4, 1),
-    },
-    ("key_value", 2, 256): {
-        "hopper": Blocks(32, 32, 8, 1),
-        "ampere": Blocks(32, 32, 8, 1),
-        "cdna": Blocks(32, 32, 4, 1),
-    },
-    ("forward", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(64, 32, 8, 1)),
-    ("forward", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 32, 8, 1)),
-    ("forward", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
-    ("query", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 32, 8, 1)),
-    ("query", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
-    ("query", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
-    ("key_value", 4, 64): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(32, 16, 8, 1)),
-    ("key_value", 4, 128): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
-    ("key_value", 4, 256): dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(16, 16, 8, 1)),
-}
-
-
-def architecture(device: torch.device) -> str:
-    """The column of the table; the interpreter takes any."""
-    if torch.version.hip is not None:
-        return "cdna"
-    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-    return "ampere" if is_ampere else "hopper"
-
-
-def blocks_for(kernel: str, q: Tensor, v: Tensor) -> Blocks:
-    head_dim = max(padded(q.shape[-1]), padded(v.shape[-1]), 64)
-    return _BLOCKS[kernel, q.element_size(), head_dim][architecture(q.device)]
 
 
 def padded(head_dim: int) -> int:

@@ -20,7 +20,8 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"models", "layers", "ops", "backends", "data", "testing"},
     "integrations": {"layers", "ops"},
     "doctor": {"backends", "config"},
-    "cli": {"doctor", "training", "data", "benchmarks", "layers", "backends"},
+    "tuning": {"ops", "kernels"},
+    "cli": {"tuning", "doctor", "training", "data", "benchmarks", "layers", "backends"},
     "__init__": {"backends", "ops"},
 }
 

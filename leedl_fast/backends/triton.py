@@ -60,8 +60,6 @@ def _attention_unsupported(problem: Any) -> str | None:
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         sizes = f"{problem.head_dim} and {problem.head_dim_v}"
         return f"head_dim must be at most {MAX_HEAD_DIM}, got {sizes}"
-    if problem.extras:
-        return f"does not take {', '.join(problem.extras)}"
     return _unsupported(problem)
 
 
@@ -81,65 +79,17 @@ def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
 
 
 @_on_its_device
-def _attention_forward(
-    problem: Any,
-    out: Tensor,
-    lse: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-) -> None:
+def _attention_forward(problem: Any, *tensors: Any) -> None:
     from leedl_fast.kernels import attention
 
-    tensors = out, lse, row_max, row_sum, q, k, v, key_lengths
-    attention.forward(*tensors, **_attention_options(problem))
+    attention.forward(problem, *tensors)
 
 
 @_on_its_device
-def _attention_backward(
-    problem: Any,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dbias: Tensor,
-    dsinks: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-    out: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
-) -> None:
+def _attention_backward(problem: Any, *tensors: Any) -> None:
     from leedl_fast.kernels import attention_backward
 
-    tensors = dq, dk, dv, dout, dlse, q, k, v, key_lengths, out, row_max, row_sum
-    attention_backward.backward(*tensors, **_attention_options(problem))
-
-
-def _attention_options(problem: Any) -> dict[str, Any]:
-    return {
-        "softmax_scale": problem.softmax_scale,
-        "window_left": problem.window_left,
-        "window_right": problem.window_right,
-    }
+    attention_backward.backward(problem, *tensors)
 
 
 @_on_its_device

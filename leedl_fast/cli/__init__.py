@@ -1,4 +1,4 @@
-"""The command line: leedl-fast doctor | bench | data | models | train | sample | compare.
+"""The command line: leedl-fast doctor | bench | tune | data | models | train | sample | compare.
 
 Every heavy import stands inside the command that needs it, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""doctor and bench."""
+"""doctor, bench and tune."""
 
 from __future__ import annotations
 
@@ -40,3 +40,20 @@ def bench(
             f"the benchmarks need more packages: pip install 'leedl_fast[bench]' ({error})"
         ) from error
     run_bench(quick, output, op, backend=backend, save_results=save_results)
+
+
+@app.command()
+@one_line_errors()
+def tune(
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help="64, 128 or 256, and again; 64 and 128 by default.")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16, the default, float16 or float32.")
+    ] = None,
+) -> None:
+    """Measure the tile sizes of attention on this GPU, and keep the best for later runs."""
+    from leedl_fast import tuning
+
+    path = tuning.tune(head_dim or (64, 128), dtype or ("bfloat16",), report=typer.echo)
+    typer.echo(f"table: {path}")

@@ -13,7 +13,7 @@ from leedl_fast.testing.samples import Case
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
     """The largest |actual - expected|, in float64; infinities must agree, NaN is all wrong."""
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = (x.detach().cpu().double() for x in (actual, expected))
     if actual.shape != expected.shape:
         raise ValueError(
             f"actual must have shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
@@ -42,16 +42,21 @@ def allowed_error(plain: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
 
 
 def outputs_and_gradients(
-    case: Case, dtype: torch.dtype, backend: str | None, *, rounded_to: torch.dtype | None = None
+    case: Case,
+    dtype: torch.dtype,
+    backend: str | None,
+    *,
+    rounded_to: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Tensor]:
     """Every output of the case and the gradient of every input, by name.
 
     The inputs, and the gradients of the outputs, are random numbers rounded to `rounded_to`
     (`dtype` by default), so that a float64 reference can be made for the very numbers that another
-    dtype sees.
+    dtype sees. The results stay on `device`.
     """
     rounded_to = rounded_to or dtype
-    tensors = case.inputs(rounded_to, dtype)
+    tensors = case.inputs(rounded_to, dtype, device)
     outputs = case.run(tensors, backend)
     names = ["out" if i == 0 else f"out{i}" for i in range(len(outputs))]
     results = dict(zip(names, outputs, strict=True))
@@ -59,7 +64,7 @@ def outputs_and_gradients(
     grads = [
         torch.randn(output.shape, generator=generator, dtype=torch.float64)
         .to(rounded_to)
-        .to(output.dtype)
+        .to(output.device, output.dtype)
         for output in outputs
     ]
     gradients = torch.autograd.grad(outputs, list(tensors.values()), grads, allow_unused=True)

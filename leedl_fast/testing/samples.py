@@ -49,10 +49,12 @@ class Case:
             for name, shape in self.shapes.items()
         }
 
-    def inputs(self, rounded_to: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor]:
+    def inputs(
+        self, rounded_to: torch.dtype, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """The inputs rounded to one dtype and kept in another, as leaves, in the case's layout."""
         return {
-            name: self._laid_out(x.to(rounded_to).to(dtype)).requires_grad_()
+            name: self._laid_out(x.to(rounded_to).to(device, dtype)).requires_grad_()
             for name, x in self.tensors().items()
         }
 
@@ -70,11 +72,12 @@ class Case:
 
 def _attention(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
     arguments: dict[str, Any] = {**tensors, **options, "backend": backend}
+    device = tensors["q"].device
     for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k"):
         if name in options:
-            arguments[name] = torch.tensor(options[name], dtype=torch.int64)
+            arguments[name] = torch.tensor(options[name], dtype=torch.int64, device=device)
     if "alibi_slopes" in options:
-        arguments["alibi_slopes"] = torch.tensor(options["alibi_slopes"])
+        arguments["alibi_slopes"] = torch.tensor(options["alibi_slopes"], device=device)
     if options.get("normalizer", "softmax") != "softmax":
         return (attention(**arguments),)
     return attention(**arguments, return_lse=True)
@@ -166,6 +169,22 @@ ATTENTION_EXTRAS = (
     _case("sinks-and-no-keys", 2, 2, 40, 16, sinks=True, key_lengths=(0, 40)),
     _case("dropout", 2, 2, 67, 32, dropout_p=0.3, seed=7, causal=True),
     _case("dropout-one-query", 2, 4, 1, 32, seqlen_k=77, heads_k=2, dropout_p=0.5, seed=-1),
+    _case("few-queries", 2, 6, 5, 32, heads_k=2, seqlen_k=700, window=(400, 0)),
+    _case("few-queries-relu", 1, 4, 1, 16, heads_k=1, seqlen_k=530, normalizer="relu"),
+    _case(
+        *("few-queries-everything", 2, 4, 3, 24),
+        heads_k=2,
+        seqlen_k=400,
+        head_dim_v=40,
+        bias=(2, 1, 3, 400),
+        sinks=True,
+        alibi_slopes=(0.01, 0.02, 0.0, 0.1),
+        softcap=3.0,
+        dropout_p=0.2,
+        seed=11,
+        causal=True,
+        key_lengths=(400, 290),
+    ),
     _case("relu", 2, 2, 80, 32, normalizer="relu", window=(30, 30)),
     _case("relu-key-lengths", 2, 2, 50, 16, normalizer="relu", key_lengths=(0, 33)),
     _case("sigmoid", 2, 2, 80, 32, normalizer="sigmoid", causal=True),
@@ -212,7 +231,8 @@ def _additive_attention(
     key_lengths: tuple[int, ...] | None = None,
     **options: Any,
 ) -> tuple[Tensor]:
-    lengths = None if key_lengths is None else torch.tensor(key_lengths)
+    device = tensors["q"].device
+    lengths = None if key_lengths is None else torch.tensor(key_lengths, device=device)
     return (additive_attention(*tensors.values(), key_lengths=lengths, backend=backend, **options),)
 
 
@@ -322,6 +342,7 @@ def _linear_cross_entropy(
         torch.rand(rows, generator=generator) < {"none": 0, "some": 0.2, "all": 1}[ignored]
     )
     targets[ignored_rows] = options.get("ignore_index", -100)
+    targets = targets.to(tensors["hidden"].device)
     hidden, weight, bias = tensors["hidden"], tensors["weight"], tensors.get("bias")
     return (linear_cross_entropy(hidden, weight, targets, bias=bias, backend=backend, **options),)
 
@@ -372,8 +393,8 @@ _SHAPE = (3, 5, 7, 9)
 _TIMESTEPS = (999, 0, 417)
 
 
-def _timesteps(values: int | tuple[int, ...]) -> int | Tensor:
-    return values if isinstance(values, int) else torch.tensor(values)
+def _timesteps(values: int | tuple[int, ...], device: torch.device) -> int | Tensor:
+    return values if isinstance(values, int) else torch.tensor(values, device=device)
 
 
 def _diffusion(
@@ -384,10 +405,11 @@ def _diffusion(
     t: int | tuple[int, ...],
     **options: Any,
 ) -> tuple[Tensor]:
-    if "prev_timesteps" in options:
-        options["prev_timesteps"] = _timesteps(options["prev_timesteps"])
     tensors = dict(tensors)
-    first, timesteps = tensors.pop(next(iter(tensors))), _timesteps(t)
+    first = tensors.pop(next(iter(tensors)))
+    timesteps = _timesteps(t, first.device)
+    if "prev_timesteps" in options:
+        options["prev_timesteps"] = _timesteps(options["prev_timesteps"], first.device)
     if function == "add_noise":
         arguments = (first, timesteps, _SCHEDULE)
     else:

@@ -22,10 +22,11 @@ from leedl_fast.kernels import (
     additive_attention,
     attention,
     attention_backward,
-    attention_tiles,
+    attention_blocks,
     diffusion,
     linear_cross_entropy,
 )
+from leedl_fast.ops.attention_problem import Inputs, describe
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -58,7 +59,7 @@ def _compile(target: GPUTarget, launch: Launch) -> list[CompiledKernel]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
-        patch.setattr(attention_tiles, "architecture", lambda device: _ARCHITECTURES[target.arch])
+        patch.setattr(attention_blocks, "architecture", lambda device: _ARCHITECTURES[target.arch])
         launch()
     return kernels
 
@@ -76,16 +77,39 @@ def _spilled(kernel: CompiledKernel, folder: Path) -> int:
     return int(stack)
 
 
-def _attention(dtype: torch.dtype, head_dim: int, window: int = 128) -> Launch:
-    q = torch.empty(2, 4, 1024, head_dim, dtype=dtype)
-    k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
-    rows = torch.empty(2, 4, 1024)
-    lengths = torch.empty(2, dtype=torch.int64)
-    options = {"softmax_scale": 0.1, "window_left": window, "window_right": 0}
+def _attention(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    seqlen_q: int = 1024,
+    window: int = 128,
+    normalizer: str = "softmax",
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    bias: bool = False,
+    packed: bool = False,
+    with_backward: bool = True,
+    **others: Tensor,
+) -> Launch:
+    """others: Inputs by name."""
+    batch, heads, heads_k, seqlen_k = 1 if packed else 2, 4, 2, 1024
+    q = torch.empty(batch, heads, seqlen_q, head_dim, dtype=dtype)
+    k = torch.empty(batch, heads_k, seqlen_k, head_dim, dtype=dtype)
+    if bias:
+        others["bias"] = torch.empty(1, heads, seqlen_q, seqlen_k, dtype=dtype)
+    if packed:
+        others |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), torch.empty(5, dtype=torch.int64))
+    if dropout_p > 0:
+        others["seed"] = torch.empty(1, dtype=torch.int64)
+    inputs = Inputs(q, k, k, **others)
+    problem = describe(inputs, 0.1, window, 0, normalizer, softcap, dropout_p, bias)
+    row, dsinks, dbias = torch.empty(q.shape[:3]), torch.empty(heads), torch.empty(0)
 
     def launch() -> None:
-        attention.forward(q, rows, rows, rows, q, k, k, lengths, **options)
-        attention_backward.backward(q, k, k, q, rows, q, k, k, lengths, q, rows, rows, **options)
+        attention.forward(problem, q, row, row, row, *inputs)
+        if with_backward:
+            gradients = q, k, k, inputs.bias if bias else dbias, dsinks
+            attention_backward.backward(problem, *gradients, q, row, *inputs, q, row, row)
 
     return launch
 
@@ -170,12 +194,29 @@ def _linear_cross_entropy(dtype: torch.dtype, vocab_size: int, smoothing: float 
     return launch
 
 
+EXTRAS: dict[str, Any] = {
+    "bias": True,
+    "softcap": 3.0,
+    "dropout_p": 0.1,
+    "sinks": torch.empty(4),
+    "alibi_slopes": torch.empty(4),
+    "key_lengths": torch.empty(2, dtype=torch.int64),
+}
 CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
-    ("attention-bfloat16-64", _attention(bfloat16, 64), tuple(TARGETS)),
-    ("attention-bfloat16-128", _attention(bfloat16, 128), ("sm_90",)),
+    ("attention-bfloat16-64", _attention(bfloat16, 64, window=1024), tuple(TARGETS)),
+    ("attention-bfloat16-128", _attention(bfloat16, 128, window=1024), tuple(TARGETS)),
+    ("attention-window", _attention(bfloat16, 128, with_backward=False), ("sm_90", "gfx942")),
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
     ("additive_attention-bfloat16-64", _additive_attention(bfloat16, 64), tuple(TARGETS)),
     ("additive_attention-float32-64", _additive_attention(float32, 64), ("sm_90",)),
+    ("attention-extras", _attention(bfloat16, 64, **EXTRAS), ("sm_90",)),
+    ("attention-packed", _attention(bfloat16, 128, packed=True), ("sm_90",)),
+    ("attention-sigmoid", _attention(bfloat16, 128, normalizer="sigmoid"), ("sm_90",)),
+    (
+        "attention-few-queries",
+        _attention(bfloat16, 128, seqlen_q=1, window=1024, with_backward=False),
+        tuple(TARGETS),
+    ),
     ("add_layer_norm-bfloat16-1024", _add_layer_norm(bfloat16, 1024), tuple(TARGETS)),
     ("add_layer_norm-float32-8192", _add_layer_norm(float32, 8192), tuple(TARGETS)),
     (

@@ -1,0 +1,149 @@
+"""What one call of attention hands to each of its kernels, listed once for all of them.
+
+A field that is None costs nothing: what would read it is not compiled.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from leedl_fast.kernels.attention_tiles import padded, precision
+
+
+class Heads(NamedTuple):
+    """A (batch, num_heads, rows, columns) tensor with a contiguous last dimension."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+
+
+class Statistics(NamedTuple):
+    """(batch, num_heads, seqlen_q) float32 tensors, all None unless the normalizer is softmax.
+
+    row_max: the base of the row's powers of two: its largest exponent, the sink's included.
+    row_sum: the sum of these powers relative to the base; 0 where the row sees nothing.
+    """
+
+    row_max: Any
+    row_sum: Any
+    delta: Any
+
+
+class Call(NamedTuple):
+    """Sizes, options and the smaller tensors.
+
+    A score is q . k, times `score_scale` unless that is None, then changed by softcap, bias and
+    slopes; score * factor is the exponent of a power of two. Fields in capitals are constants.
+    """
+
+    num_heads: Any
+    group: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    window_left: Any
+    window_right: Any
+    softmax_scale: Any
+    factor: Any
+    score_scale: Any
+    softcap: Any
+    bias: Heads | None
+    sinks: Any
+    alibi_slopes: Any
+    alibi_stride_b: Any
+    key_lengths: Any
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    num_sequences: Any
+    seed: Any
+    drop_below: Any
+    keep_scale: Any
+    NORMALIZER: Any
+    HEAD_DIM: Any
+    HEAD_DIM_V: Any
+    BLOCK_D: Any
+    BLOCK_DV: Any
+    PRECISION: Any
+
+
+def heads(x: Tensor) -> Heads:
+    return Heads(x, *x.stride()[:3])
+
+
+def call_of(
+    problem: Any,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    key_lengths: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    seed: Tensor | None,
+) -> Call:
+    """problem: the Problem of leedl_fast.ops.attention_problem, the tensors its Inputs."""
+    scale, softcap = problem.softmax_scale, problem.softcap
+    # A positive scale alone is folded into the exponents' factor.
+    is_folded = problem.normalizer == "softmax" and scale > 0
+    is_folded &= softcap is None and bias is None and alibi_slopes is None
+    score_scale = scale if softcap is None else scale / softcap
+    log2_e = math.log2(math.e)
+    slopes_by_sample = alibi_slopes is not None and alibi_slopes.dim() == 2
+    return Call(
+        problem.num_heads,
+        problem.num_heads // max(problem.num_heads_k, 1),
+        problem.seqlen_q,
+        problem.seqlen_k,
+        problem.window_left,
+        problem.window_right,
+        scale,
+        scale * log2_e if is_folded else log2_e,
+        None if is_folded else score_scale,
+        softcap,
+        None if bias is None else _broadcast(bias),
+        sinks,
+        alibi_slopes,
+        problem.num_heads if slopes_by_sample else 0,
+        key_lengths,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        problem.num_sequences,
+        seed,
+        int(problem.dropout_p * 2**32),
+        1 / (1 - problem.dropout_p),
+        *map(
+            tl.constexpr,
+            (
+                problem.normalizer,
+                problem.head_dim,
+                problem.head_dim_v,
+                padded(problem.head_dim),
+                padded(problem.head_dim_v),
+                precision(problem.dtype),
+            ),
+        ),
+    )
+
+
+def _broadcast(bias: Tensor) -> Heads:
+    strides = zip(bias.stride()[:3], bias.shape[:3], strict=True)
+    return Heads(bias, *(stride if size > 1 else 0 for stride, size in strides))
+
+
+def statistics_of(problem: Any, row_max: Tensor, row_sum: Tensor) -> Statistics:
+    """With room for delta."""
+    if problem.normalizer != "softmax":
+        return Statistics(None, None, None)
+    return Statistics(row_max, row_sum, torch.empty_like(row_max))
+
+
+def tiles_of(problem: Any, seqlen: int, block: int) -> int:
+    """How many tiles of `block` rows the programs of one head count, packed or not; where sequences
+    are packed some are empty (see attention_tiles.tile_in_pack).
+    """
+    if problem.num_sequences is None:
+        return -(-seqlen // block)
+    return seqlen // block + problem.num_sequences

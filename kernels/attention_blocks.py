@@ -1,0 +1,146 @@
+"""Tile sizes of the attention kernels: one table, and the one that `leedl-fast tune` measured on
+this GPU, which goes first.
+"""
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from leedl_fast.kernels.attention_tiles import padded
+
+KERNELS = ("forward", "decode", "query", "key_value", "bias")
+_NARROW = 256  # of a window of at most so many keys, large tiles would compute mostly hidden pairs
+
+
+class Blocks(NamedTuple):
+    """Tile sizes of one kernel: the rows that a program owns, and those of a step of its loop.
+
+    "decode" owns so many keys and steps through them; "bias" owns queries and a step of keys.
+    """
+
+    own: int
+    step: int
+    num_warps: int
+    num_stages: int
+
+
+class Key(NamedTuple):
+    """What tile sizes depend on: head_dim is the larger one, rounded up to 64, 128 or 256."""
+
+    kernel: str
+    itemsize: int
+    head_dim: int
+    narrow: bool = False
+
+
+def _everywhere(*blocks: int) -> dict[str, Blocks]:
+    return dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(*blocks))
+
+
+def _each(hopper: tuple, ampere: tuple, cdna: tuple) -> dict[str, Blocks]:
+    return {"hopper": Blocks(*hopper), "ampere": Blocks(*ampere), "cdna": Blocks(*cdna)}
+
+
+# For NVIDIA's "hopper" and later, "ampere", and AMD's "cdna". Chosen by what the compiler reports:
+# the largest tiles that spill no registers. float32 dots run out of registers, not on tensor cores;
+# their "query" kernel spills a few above head_dim 64 whatever its tiles. A narrow window takes the
+# wide one's tiles where it has no line.
+_BLOCKS = {
+    Key("forward", 2, 64): _each((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2)),
+    Key("forward", 2, 128): _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    Key("forward", 2, 256): _each((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 4, 1)),
+    Key("forward", 2, 64, True): _each((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+    Key("forward", 2, 128, True): _each((64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)),
+    Key("decode", 2, 64): _everywhere(256, 64, 4, 2),
+    Key("decode", 2, 128): _everywhere(256, 64, 4, 2),
+    Key("decode", 2, 256): _everywhere(256, 32, 4, 2),
+    Key("query", 2, 64): _each((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
+    Key("query", 2, 128): _each((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    Key("query", 2, 256): _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
+    Key("key_value", 2, 64): _each((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 1)),
+    Key("key_value", 2, 128): _each((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
+    Key("key_value", 2, 256): _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
+    Key("bias", 2, 64): _everywhere(64, 64, 4, 1),
+    Key("bias", 2, 128): _everywhere(64, 64, 8, 1),
+    Key("bias", 2, 256): _everywhere(32, 32, 4, 1),
+    Key("forward", 4, 64): _everywhere(64, 32, 8, 1),
+    Key("forward", 4, 128): _everywhere(32, 32, 8, 1),
+    Key("forward", 4, 256): _everywhere(16, 16, 8, 1),
+    Key("decode", 4, 64): _everywhere(256, 32, 4, 1),
+    Key("decode", 4, 128): _everywhere(256, 32, 4, 1),
+    Key("decode", 4, 256): _everywhere(256, 16, 8, 1),
+    Key("query", 4, 64): _everywhere(32, 32, 8, 1),
+    Key("query", 4, 128): _everywhere(16, 16, 8, 1),
+    Key("query", 4, 256): _everywhere(16, 16, 8, 1),
+    Key("key_value", 4, 64): _everywhere(32, 16, 8, 1),
+    Key("key_value", 4, 128): _everywhere(16, 16, 8, 1),
+    Key("key_value", 4, 256): _everywhere(16, 16, 8, 1),
+    Key("bias", 4, 64): _everywhere(32, 32, 8, 1),
+    Key("bias", 4, 128): _everywhere(16, 16, 8, 1),
+    Key("bias", 4, 256): _everywhere(16, 16, 8, 1),
+}
+
+
+def architecture(device: torch.device) -> str:
+    """The column of the table; the interpreter takes any."""
+    if torch.version.hip is not None:
+        return "cdna"
+    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
+    return "ampere" if is_ampere else "hopper"
+
+
+def key_of(kernel: str, problem: Any) -> Key:
+    """kernel: of KERNELS."""
+    head_dim = max(padded(problem.head_dim), padded(problem.head_dim_v), 64)
+    is_narrow = problem.window_left + problem.window_right < _NARROW
+    return Key(kernel, problem.dtype.itemsize, head_dim, is_narrow)
+
+
+def blocks_for(kernel: str, problem: Any) -> Blocks:
+    """kernel: of KERNELS. Bias, softcap and dropout need registers: smaller steps leave them."""
+    key = key_of(kernel, problem)
+    measured = tuned(problem.device) if problem.device.type == "cuda" else {}
+    for blocks in (measured.get(key), measured.get(key._replace(narrow=False))):
+        if blocks is not None:
+            break
+    else:
+        row = _BLOCKS.get(key) or _BLOCKS[key._replace(narrow=False)]
+        blocks = row[architecture(problem.device)]
+    needs_registers = problem.bias_shape is not None or problem.softcap is not None
+    if needs_registers or problem.dropout_p > 0:
+        blocks = blocks._replace(step=max(blocks.step // 2, 16))
+    return blocks
+
+
+def tuned_path(device: torch.device) -> Path:
+    """Where `leedl-fast tune` keeps what it measured for this kind of GPU."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    return Path.home() / ".cache" / "leedl_fast" / f"attention-blocks-{name}.json"
+
+
+@cache
+def tuned(device: torch.device) -> dict[Key, Blocks]:
+    """The measured table, empty where nothing was measured."""
+    path = tuned_path(device)
+    return read_table(path) if path.exists() else {}
+
+
+def read_table(path: Path) -> dict[Key, Blocks]:
+    """Raises ValueError where the file is not such a table."""
+    try:
+        rows = json.loads(path.read_text())
+        return {Key(*row["key"]): Blocks(*map(int, row["blocks"])) for row in rows}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} must be a table that `leedl-fast tune` wrote, got {error!r}; delete it"
+        ) from error
+
+
+def write_table(path: Path, table: dict[Key, Blocks]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"key": list(key), "blocks": list(blocks)} for key, blocks in table.items()]
+    path.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,199 @@
+"""Attention of few queries to many keys (decoding with a cache of keys and values) in Triton: the
+keys are split among programs, whose parts a second kernel adds up (flash-decoding, Dao et al.
+2023).
+
+A split is a fixed range of keys, so that a sample's result does not depend on its batch.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from leedl_fast.kernels.attention_arguments import Call, heads
+from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_scores import head_of, rows_of
+from leedl_fast.kernels.attention_softmax import attend, normalized
+from leedl_fast.kernels.attention_tiles import (
+    Window,
+    key_end_of,
+    key_tiles,
+    load_rows,
+    program_of,
+    store_rows,
+)
+
+MAX_ROWS = 64  # queries of all heads that share keys; more of them fill a tile of their own
+_COMBINED = 16  # splits that the second kernel loads at a time
+
+
+class Splits(NamedTuple):
+    """Splits number first .. first + count - 1 of the keys hold all that any query sees."""
+
+    first: int
+    count: int
+
+
+def splits_of(problem: Any) -> Splits | None:
+    """None where whole rows are as good: many queries, few keys, packed sequences."""
+    group = problem.num_heads // max(problem.num_heads_k, 1)
+    if problem.num_sequences is not None or group * problem.seqlen_q > MAX_ROWS:
+        return None
+    size = blocks_for("decode", problem).own
+    first = max(problem.seqlen_k - problem.seqlen_q - problem.window_left, 0) // size
+    count = -(-problem.seqlen_k // size) - first
+    return Splits(first, count) if count > 1 else None
+
+
+@triton.jit
+def _split_kernel(
+    acc_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    q,
+    k,
+    v,
+    call,
+    first_split,
+    num_splits,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program owns SPLIT keys of one head of k and v, for every query that reads them. Parts
+    are (batch, num_heads, seqlen_q, splits) and their columns.
+    """
+    split, head_k, batch = program_of(num_splits, call.num_heads // call.group)
+    row = tl.arange(0, BLOCK_M)
+    exists = row < call.group * call.seqlen_q
+    head = head_k * call.group + tl.where(exists, row // call.seqlen_q, 0)
+    query = tl.where(exists, row % call.seqlen_q, call.seqlen_q)
+    window = Window(
+        call.seqlen_k - call.seqlen_q,
+        call.window_left,
+        call.window_right,
+        call.seqlen_q,
+        key_end_of(call.key_lengths, batch, call.seqlen_k),
+    )
+    TILES: tl.constexpr = SPLIT // BLOCK_N
+    low = (first_split + split) * TILES
+    high = low + TILES
+    begin, inner_begin, inner_end, end = key_tiles(0, call.seqlen_q, window, BLOCK_N)
+    q_ptr = q.ptr + batch * q.stride_b + (head * q.stride_h)[:, None]
+    acc, row_max, row_sum = attend(
+        load_rows(q_ptr, query, q.stride_m, call.seqlen_q, call.HEAD_DIM, call.BLOCK_D, True),
+        head_of(k, batch, head_k, 0),
+        head_of(v, batch, head_k, 0),
+        k.stride_m,
+        v.stride_m,
+        rows_of(call, window, batch, batch, head[:, None], query[:, None]),
+        window.key_end,
+        (
+            tl.minimum(tl.maximum(begin, low), high),
+            tl.minimum(tl.maximum(inner_begin, low), high),
+            tl.minimum(tl.maximum(inner_end, low), high),
+            tl.minimum(tl.maximum(end, low), high),
+        ),
+        call,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    part = ((batch * call.num_heads + head) * call.seqlen_q + query) * num_splits + split
+    column = tl.arange(0, call.BLOCK_DV)
+    pointer = acc_ptr + part[:, None] * call.BLOCK_DV + column[None, :]
+    tl.store(pointer, acc, exists[:, None] & (column < call.BLOCK_DV)[None, :])
+    if call.NORMALIZER == "softmax":
+        tl.store(row_max_ptr + part, row_max * call.factor, exists)
+        tl.store(row_sum_ptr + part, row_sum, exists)
+
+
+@triton.jit
+def _combine_kernel(
+    out,
+    lse_ptr,
+    row_max_ptr,
+    row_sum_ptr,
+    part_acc_ptr,
+    part_max_ptr,
+    part_sum_ptr,
+    call,
+    num_splits,
+    BLOCK: tl.constexpr,
+):
+    """One program owns one query of one head, and adds up its parts, BLOCK at a time."""
+    query, head, batch = program_of(call.seqlen_q, call.num_heads)
+    row = (batch * call.num_heads + head) * call.seqlen_q + query
+    first = row * num_splits
+    column = tl.arange(0, call.BLOCK_DV)
+    base = tl.full((1,), float("-inf"), tl.float32)
+    if call.NORMALIZER == "softmax":
+        for begin in range(0, num_splits, BLOCK):
+            split = begin + tl.arange(0, BLOCK)
+            part = tl.load(part_max_ptr + first + split, split < num_splits, other=float("-inf"))
+            base = tl.maximum(base, tl.max(part, 0))
+    offset = tl.where(base == float("-inf"), 0.0, base)
+    acc = tl.zeros((1, call.BLOCK_DV), tl.float32)
+    row_sum = tl.zeros((1,), tl.float32)
+    for begin in range(0, num_splits, BLOCK):
+        split = begin + tl.arange(0, BLOCK)
+        exists = split < num_splits
+        pointer = part_acc_ptr + (first + split)[:, None] * call.BLOCK_DV + column[None, :]
+        part = tl.load(pointer, exists[:, None], other=0)  # [BLOCK, BLOCK_DV]
+        if call.NORMALIZER == "softmax":
+            part_max = tl.load(part_max_ptr + first + split, exists, other=float("-inf"))
+            weight = tl.exp2(part_max - offset)
+            part_sum = tl.load(part_sum_ptr + first + split, exists, other=0)
+            row_sum += tl.sum(part_sum * weight, 0)
+            part = part * weight[:, None]
+        acc += tl.sum(part, 0)[None, :]
+    if call.NORMALIZER == "softmax":
+        acc, base, row_sum, lse = normalized(acc, base, row_sum, head, call)
+        one = tl.arange(0, 1)
+        tl.store(lse_ptr + row + one, lse)
+        tl.store(row_max_ptr + row + one, base)
+        tl.store(row_sum_ptr + row + one, row_sum)
+    if call.seed is not None:
+        acc = acc * call.keep_scale
+    out_ptr = head_of(out, batch, head, 0)
+    rows = query + tl.arange(0, 1)
+    store_rows(out_ptr, acc, rows, out.stride_m, call.seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV)
+
+
+def forward(
+    problem: Any,
+    splits: Splits,
+    out: Tensor,
+    statistics: tuple[Tensor | None, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: Call,
+) -> None:
+    """Like `attention.forward`; statistics: lse, row_max, row_sum, None unless softmax."""
+    blocks = blocks_for("decode", problem)
+    rows = problem.batch * problem.num_heads * problem.seqlen_q
+    options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False}
+    block_dv = call.BLOCK_DV.value
+    parts = torch.empty(
+        rows * splits.count * (block_dv + 2), dtype=torch.float32, device=problem.device
+    ).split([rows * splits.count * columns for columns in (block_dv, 1, 1)])
+    queries = problem.num_heads // problem.num_heads_k * problem.seqlen_q
+    _split_kernel[(problem.batch * problem.num_heads_k * splits.count,)](
+        *parts,
+        heads(q),
+        heads(k),
+        heads(v),
+        call,
+        splits.first,
+        splits.count,
+        SPLIT=blocks.own,
+        BLOCK_M=max(16, triton.next_power_of_2(queries)),
+        BLOCK_N=blocks.step,
+        num_stages=blocks.num_stages,
+        **options,
+    )
+    _combine_kernel[(rows,)](
+        heads(out), *statistics, *parts, call, splits.count, BLOCK=_COMBINED, **options
+    )

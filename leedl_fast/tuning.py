@@ -1,0 +1,140 @@
+"""`leedl-fast tune`: tile sizes of the attention kernels, measured on the user's own GPU.
+
+The kernels look into the table that is written here before their own (kernels/attention_blocks.py).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from leedl_fast.ops import attention
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HEAD_DIMS = (64, 128, 256)
+
+
+def tune(
+    head_dims: Sequence[int] = (64, 128),
+    dtypes: Sequence[str] = ("bfloat16",),
+    *,
+    report: Callable[[str], None] = print,
+) -> Path:
+    """Measure every kernel for each head_dim and dtype, wide and with a narrow window.
+
+    Args:
+        head_dims: of HEAD_DIMS; smaller heads take the tiles of the next one.
+        dtypes: names, of DTYPES; bfloat16 and float16 share their tiles.
+        report: is told what was found, one line at a time.
+
+    Returns:
+        The file that the kernels read from now on, in the user's cache folder.
+
+    Raises:
+        ValueError: a head_dim or dtype is not one of these. NotImplementedError: there is no GPU.
+    """
+    for name, values, allowed in (
+        ("head_dim", head_dims, HEAD_DIMS),
+        ("dtype", dtypes, tuple(DTYPES)),
+    ):
+        for value in values:
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
+    if not torch.cuda.is_available():
+        raise NotImplementedError("tune measures on a GPU, and torch sees none here")
+    from leedl_fast.kernels import attention_blocks
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = attention_blocks.tuned(device)  # the kernels' own: what is put in counts at once
+    for dtype in dtypes:
+        for head_dim in head_dims:
+            for narrow in (False, True):
+                for kernel in attention_blocks.KERNELS:
+                    itemsize = DTYPES[dtype].itemsize
+                    key = attention_blocks.Key(kernel, itemsize, head_dim, narrow)
+                    _tune_one(table, key, DTYPES[dtype], device, report)
+                    attention_blocks.write_table(attention_blocks.tuned_path(device), table)
+    return attention_blocks.tuned_path(device)
+
+
+def _tune_one(
+    table: dict, key: tuple, dtype: torch.dtype, device: torch.device, report: Callable
+) -> None:
+    from triton.runtime.errors import OutOfResources, PTXASError
+    from triton.testing import do_bench
+
+    kernel, _, head_dim, narrow = key
+    before = table.pop(key, None)
+    run = _problem(kernel, head_dim, narrow, dtype, device)
+
+    def milliseconds(blocks: tuple) -> float | None:
+        table[key] = blocks
+        try:
+            return do_bench(run, warmup=5, rep=25)
+        except (OutOfResources, PTXASError):
+            return None
+
+    found = fastest(candidates(kernel), milliseconds)
+    if found is None:
+        table.pop(key)
+        if before is not None:
+            table[key] = before
+        report(f"{kernel} {head_dim} {dtype}: no candidate fits this GPU")
+        return
+    table[key], best = found
+    width = "narrow" if narrow else "wide"
+    report(f"{kernel} {head_dim} {dtype} {width}: {tuple(table[key])}, {best:.3f} ms")
+
+
+def fastest(
+    options: Iterable[tuple], milliseconds: Callable[[tuple], float | None]
+) -> tuple[tuple, float] | None:
+    """The option of the least time, and the time; None for what cannot run."""
+    timed = [(time, option) for option in options if (time := milliseconds(option)) is not None]
+    if not timed:
+        return None
+    time, option = min(timed)
+    return option, time
+
+
+def candidates(kernel: str) -> list[tuple]:
+    """Tile sizes worth a try, of attention_blocks.Blocks."""
+    from leedl_fast.kernels.attention_blocks import Blocks
+
+    owns = {"decode": (128, 256, 512), "forward": (64, 128)}.get(kernel, (32, 64, 128))
+    return [
+        Blocks(own, step, num_warps, num_stages)
+        for own in owns
+        for step in (32, 64, 128)
+        if own * step <= 128 * 128 or kernel == "decode"
+        for num_warps in (4, 8)
+        for num_stages in (1, 2, 3)
+    ]
+
+
+def _problem(
+    kernel: str, head_dim: int, narrow: bool, dtype: torch.dtype, device: torch.device
+) -> Callable[[], object]:
+    """A call whose time the kernel's tile sizes change."""
+    seqlen_k = 32768 if kernel == "decode" else 4096
+    seqlen_q = 1 if kernel == "decode" else seqlen_k
+    window = 128 if narrow else None
+    q = torch.randn(1, 16, seqlen_q, head_dim, device=device, dtype=dtype)
+    k, v = (torch.randn(1, 16, seqlen_k, head_dim, device=device, dtype=dtype) for _ in range(2))
+    bias = None
+    if kernel == "bias":
+        bias = torch.zeros(16, seqlen_q, seqlen_k, device=device, dtype=dtype, requires_grad=True)
+
+    def forward() -> torch.Tensor:
+        return attention(q, k, v, bias=bias, causal=True, window=window, backend="triton")
+
+    if kernel in ("forward", "decode"):
+        return forward
+    leaves = [q, k, v]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    if bias is not None:
+        leaves.append(bias)
+    out = forward()
+    dout = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)

@@ -1,0 +1,175 @@
+"""The Triton backend on a GPU: every sample against float64, as the interpreter runs them."""
+
+import copy
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from leedl_fast.backends import triton, use_backend
+from leedl_fast.layers import MultiHeadAttention, TransformerEncoderLayer
+from leedl_fast.ops import attention, diffusion
+from leedl_fast.reference.philox import attention_dropout_mask
+from leedl_fast.testing.compare import (
+    allowed_error,
+    max_error,
+    outputs_and_gradients,
+    poisoned_outputs,
+)
+from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no GPU, and these tests run on one"
+)
+TAKEN = [case for case in dict.fromkeys((*CASES, *ATTENTION_EXTRAS)) if case.op in triton.TABLE]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@cache
+def _expected(case: Case, rounded_to: torch.dtype) -> dict[str, Tensor]:
+    return outputs_and_gradients(case, torch.float64, "eager", rounded_to=rounded_to)
+
+
+def _parameters() -> Iterator[Any]:
+    """float16 is bfloat16 with other roundings: a few samples do."""
+    for case in TAKEN:
+        yield pytest.param(case, torch.float32, id=f"{case}-float32")
+        yield pytest.param(case, torch.bfloat16, id=f"{case}-bfloat16")
+        if case.op != "attention" or case.name.endswith("everything"):
+            yield pytest.param(case, torch.float16, id=f"{case}-float16")
+
+
+@pytest.mark.parametrize(("case", "dtype"), _parameters())
+def test_conformance(case: Case, dtype: torch.dtype) -> None:
+    expected = _expected(case, dtype)
+    plain = outputs_and_gradients(case, dtype, "eager", device="cuda")
+    with poisoned_outputs() as ran:
+        try:
+            actual = outputs_and_gradients(case, dtype, "triton", device="cuda")
+        except NotImplementedError as error:  # what the table's `unsupported` says
+            pytest.skip(str(error))
+    assert ran
+    allowed = {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
+    errors = {name: max_error(actual[name], expected[name]) for name in expected}
+    too_large = {
+        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
+    }
+    assert not too_large, "(error, allowed)"
+
+
+@pytest.mark.parametrize("window", [None, 300], ids=["causal", "window"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_attention_against_the_reference(head_dim: int, window: int | None) -> None:
+    """Many tiles, all three parts of every loop, at the default head sizes."""
+    q, k, v = torch.randn(3, 1, 4, 2100, head_dim, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k[:, :2], v[:, :2])]
+    dout = torch.randn_like(q)
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        out = attention(*(x.to(dtype) for x in leaves), causal=True, window=window, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    exact = run("eager", torch.float64)
+    for name, ours, plain, expected in zip(
+        ("out", "dq", "dk", "dv"),
+        run("triton", torch.bfloat16),
+        run("eager", torch.bfloat16),
+        exact,
+        strict=True,
+    ):
+        assert max_error(ours, expected) <= allowed_error(plain, expected, torch.bfloat16), name
+
+
+LAYERS = {
+    "attention": partial(MultiHeadAttention, num_heads_k=2, causal=True, window=20),
+    "encoder": partial(TransformerEncoderLayer, window=20),
+    "encoder-norm-first": partial(TransformerEncoderLayer, causal=True, norm_first=True),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name: str) -> None:
+    """Outputs and every gradient of the layers, which pick the backend themselves."""
+    layer = LAYERS[name](64, 4).cuda()
+    exact = copy.deepcopy(layer).double()
+    x = torch.randn(3, 70, 64, device="cuda")
+    dout = torch.randn_like(x)
+
+    def run(module: nn.Module, dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
+        with use_backend(backend), poisoned_outputs() as ran:
+            leaf = x.to(dtype).requires_grad_()
+            out = module(leaf)
+            parameters = dict(module.named_parameters())
+            grads = torch.autograd.grad(out, [leaf, *parameters.values()], dout.to(dtype))
+        assert bool(ran) == (backend is None)
+        return dict(zip(("out", "x", *parameters), (out, *grads), strict=True))
+
+    expected = run(exact, torch.float64, "eager")
+    plain, actual = run(layer, torch.float32, "eager"), run(layer, torch.float32, None)
+    for key, value in expected.items():
+        assert max_error(actual[key], value) <= allowed_error(plain[key], value, torch.float32), key
+
+
+def test_gradients_do_not_change_from_run_to_run() -> None:
+    q, k, v = (torch.randn(2, 4, 1000, 64, device="cuda", requires_grad=True) for _ in range(3))
+    bias = torch.randn(1000, device="cuda", requires_grad=True)
+
+    def run() -> tuple[Tensor, ...]:
+        out = attention(q, k, v, bias=bias, window=200, dropout_p=0.1, seed=1, backend="triton")
+        return out, *torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+
+    first = run()
+    for _ in range(3):
+        assert all(map(torch.equal, run(), first))
+
+
+def test_dropout_keeps_what_the_reference_keeps() -> None:
+    q, k = torch.randn(2, 2, 300, 64, device="cuda"), torch.randn(2, 2, 200, 64, device="cuda")
+    v = torch.eye(200, device="cuda").expand(2, 2, -1, -1)
+    out = attention(q, k, v, dropout_p=0.4, seed=-3, backend="triton")
+    kept = attention_dropout_mask(torch.tensor([-3], device="cuda"), 0, 2, 2, 300, 200, 0.4)
+    assert torch.equal(out != 0, kept)
+
+
+def test_packed_sequences_are_each_alone_bit_for_bit() -> None:
+    cuts = torch.tensor([0, 700, 700, 701, 1330])
+    q, k, v = torch.randn(3, 1, 2, 1330, 64, device="cuda", dtype=torch.bfloat16)
+    options = {"causal": True, "window": 400, "backend": "triton"}
+    packed = attention(q, k, v, cu_seqlens_q=cuts.cuda(), **options)
+    alone = [
+        attention(*(x[:, :, begin:end] for x in (q, k, v)), **options)
+        for begin, end in pairwise(cuts.tolist())
+    ]
+    assert torch.equal(packed, torch.cat(alone, 2))
+
+
+@pytest.mark.parametrize("n", [1, 1023, 1 << 20])
+def test_noise_is_the_cpus_bit_for_bit(n: int) -> None:
+    seeds = torch.tensor([0, -1, 2**63 - 1])
+    on_gpu = diffusion.randn((3, n), seed=seeds.cuda(), device="cuda", backend="triton")
+    on_cpu = diffusion.randn((3, n), seed=seeds, backend="eager")
+    assert torch.equal(on_gpu.cpu().view(torch.int32), on_cpu.view(torch.int32))
+
+
+def test_long_rows_are_addressed_past_2_to_the_31() -> None:
+    """The last head of a tensor of 2^31 elements and more."""
+    heads, seqlen, head_dim = 65, 1 << 18, 128
+    if torch.cuda.get_device_properties(0).total_memory < 24 << 30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    q = torch.zeros(1, heads, seqlen, head_dim, device="cuda", dtype=torch.bfloat16)
+    q[:, -1] = torch.randn(seqlen, head_dim, device="cuda", dtype=torch.bfloat16)
+    whole = attention(q, q, q, window=(16, 0), backend="triton")
+    last = q[:, -1:].contiguous()
+    alone = attention(last, last, last, window=(16, 0), backend="triton")
+    assert torch.equal(whole[:, -1:], alone)

@@ -1,0 +1,97 @@
+"""Tile sizes: the table, the user's own before it, and `leedl-fast tune` without a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from leedl_fast import tuning
+from leedl_fast.cli import app
+from leedl_fast.kernels import attention_blocks
+from leedl_fast.kernels.attention_blocks import Blocks, Key
+from leedl_fast.ops.attention_problem import Inputs, Problem, describe
+
+
+def _problem(head_dim: int = 128, window: int = 4096, softcap: float | None = None) -> Problem:
+    q = torch.empty(1, 1, 8, head_dim, dtype=torch.bfloat16)
+    return describe(Inputs(q, q, q), 0.1, window, 0, "softmax", softcap, 0.0, False)
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict[Key, Blocks]:
+    """The table that a GPU's user would have measured."""
+    table: dict[Key, Blocks] = {}
+    monkeypatch.setattr(attention_blocks, "tuned", lambda device: table)
+    monkeypatch.setattr(attention_blocks, "architecture", lambda device: "hopper")
+    return table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_tune_needs_a_gpu() -> None:
+    result = CliRunner().invoke(app, ["tune"])
+    assert result.exit_code == 2
+    assert "error: tune measures on a GPU, and torch sees none here" in result.output
+
+
+def test_tune_names_what_it_knows() -> None:
+    with pytest.raises(ValueError, match=r"head_dim must be one of \(64, 128, 256\), got 80"):
+        tuning.tune([80])
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'float64'"):
+        tuning.tune([64], ["float64"])
+
+
+def test_the_fastest_that_runs_is_taken() -> None:
+    times = {(1,): 3.0, (2,): None, (3,): 1.5, (4,): 2.0}
+    assert tuning.fastest(times, times.__getitem__) == ((3,), 1.5)
+    assert tuning.fastest([(2,)], times.__getitem__) is None
+
+
+@pytest.mark.parametrize("kernel", attention_blocks.KERNELS)
+def test_candidates_divide_what_a_program_owns(kernel: str) -> None:
+    found = tuning.candidates(kernel)
+    assert len(set(found)) == len(found) >= 18
+    if kernel == "decode":  # whole steps of keys
+        assert all(blocks.own % blocks.step == 0 for blocks in found)
+
+
+def test_a_table_survives_its_file(tmp_path: Path) -> None:
+    table = {
+        Key("forward", 2, 64): Blocks(1, 2, 3, 4),
+        Key("query", 4, 256, True): Blocks(*[8] * 4),
+    }
+    attention_blocks.write_table(tmp_path / "new" / "table.json", table)
+    assert attention_blocks.read_table(tmp_path / "new" / "table.json") == table
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', '[{"key": ["forward", 2, 64]}]'])
+def test_a_broken_table_is_an_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json must be a table that `leedl-fast"):
+        attention_blocks.read_table(path)
+
+
+def test_what_was_measured_goes_first(measured: dict[Key, Blocks]) -> None:
+    on_gpu = _problem()._replace(device=torch.device("cuda"))
+    default = attention_blocks.blocks_for("forward", on_gpu)
+    measured[Key("forward", 2, 128)] = own = Blocks(64, 32, 4, 1)
+    assert attention_blocks.blocks_for("forward", on_gpu) == own != default
+    assert attention_blocks.blocks_for("forward", _problem()) == default
+    assert attention_blocks.blocks_for("forward", on_gpu._replace(window_left=10)) == own
+    measured[Key("forward", 2, 128, True)] = narrow = Blocks(32, 32, 4, 1)
+    assert attention_blocks.blocks_for("forward", on_gpu._replace(window_left=10)) == narrow
+
+
+def test_bias_softcap_and_dropout_take_smaller_steps() -> None:
+    plain = attention_blocks.blocks_for("forward", _problem())
+    capped = attention_blocks.blocks_for("forward", _problem(softcap=2.0))
+    assert capped == plain._replace(step=plain.step // 2)
+
+
+def test_every_size_has_tiles() -> None:
+    for kernel in attention_blocks.KERNELS:
+        for head_dim in (1, 64, 65, 128, 200, 256):
+            for window in (0, 4096):
+                blocks = attention_blocks.blocks_for(kernel, _problem(head_dim, window))
+                assert min(blocks) > 0
