@@ -136,7 +136,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         ([*train, *changes("windows=3")], "--set must name one of"),
         ([*train, *changes("window=wide")], "window must be an integer, got 'wide'"),
         ([*train, *changes("vocab_size=3")], "--set must name one of"),
-        (["train", "xyz"], "model must be one of gpt"),
+        (["train", "xyz"], "model must be one of bert, gpt, gan"),
         (["train", "gpt", "--output", tmp_path / "empty.txt"], "output must be a writable folder"),
         (["sample", "gpt", "--checkpoint", tmp_path / "nothing"], "checkpoint must be a file"),
     ):

@@ -51,9 +51,6 @@ def one_line_errors() -> Iterator[None]:
         ArithmeticError,
         OSError,
         ModuleNotFoundError,
-        RuntimeError,
     ) as error:
-        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise
         typer.echo("error: " + " ".join(str(error).split()), err=True)
         raise typer.Exit(EXIT_USER_ERROR) from None

