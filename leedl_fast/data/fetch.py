@@ -5,7 +5,6 @@ Nothing here runs unless the user asks for it.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import importlib.util
@@ -90,8 +89,11 @@ def fetch(name: str) -> Path:
         try:
             _extract(row, archive, staging)
             staging.chmod(0o755)
-            with contextlib.suppress(FileExistsError):  # another process was faster
+            try:
                 staging.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return folder
