@@ -10,6 +10,7 @@ from torch import Tensor
 from leedl_fast import attention
 from leedl_fast.backends import cpu
 from leedl_fast.reference.attention import visible_keys
+from leedl_fast.testing.compare import max_error
 
 ISA = pytest.mark.parametrize("isa", cpu.modules())
 
@@ -249,3 +250,32 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
     }
     with pytest.raises(error, match=message):
         attention(**arguments)
+
+
+def test_gradients_of_keys_over_8192_bfloat16_queries_are_no_worse_than_plain_pytorchs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 1, 8192, 64), (1, 1, 256, 64), (1, 1, 256, 64), (1, 1, 8192, 64))
+    q, k, v, dout = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, backend=backend)
+        return torch.autograd.grad(out, leaves[1:], dout.to(dtype))
+
+    exact, plain = gradients(torch.float64, "eager"), gradients(torch.bfloat16, "eager")
+    for isa in cpu.modules():
+        with cpu.use_isa(isa):
+            ours = gradients(torch.bfloat16, "cpu")
+        for name, actual, other, expected in zip("kv", ours, plain, exact, strict=True):
+            assert max_error(actual, expected) <= max_error(other, expected), (isa, f"d{name}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_keys_beyond_key_lengths_may_hold_nan(seqlen_q: int, dtype: torch.dtype) -> None:
+    q = torch.randn(2, 4, seqlen_q, 32).to(dtype)
+    k, v = (torch.randn(2, 2, 301, 32).to(dtype) for _ in range(2))
+    lengths = torch.tensor([301, 77])
+    expected = attention(q, k, v, key_lengths=lengths, backend="cpu")
+    k[1, :, 77:], v[1, :, 77:] = torch.nan, torch.nan
+    assert torch.equal(attention(q, k, v, key_lengths=lengths, backend="cpu"), expected)
