@@ -104,6 +104,17 @@ def cases(settings: Settings) -> list[AttentionCase]:
         AttentionCase(window=128, backward=True, bars={SDPA_MASK: 8, EAGER: 25}, peers=WINDOWED),
         AttentionCase(bars={SDPA: 1.0}),
         AttentionCase(causal=True, bars={SDPA: 1.3}),
+        AttentionCase(dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)),
+        *(
+            AttentionCase(
+                window=128,
+                backward=backward,
+                dtype=torch.bfloat16,
+                bars={SDPA_MASK: bar},
+                peers=(SDPA_MASK,),
+            )
+            for backward, bar in ((False, 15), (True, 25))
+        ),
     ]
     longest = LONGEST[settings.tier]
     for seqlen in (1024, 2048, 8192, 16384, 32768, 65536):

@@ -171,7 +171,7 @@ class Recorder:
         tiny = self.settings.tier == "tiny"
         measured = measure_ceilings(
             self.settings.device,
-            (torch.float32, torch.float64),
+            (torch.float32, torch.float64, torch.bfloat16),
             copy_bytes=(1 << 20) if tiny else (256 << 20),
             matmul_size=64 if tiny else 2048,
             budget_s=0.01 if tiny else 1.0,
