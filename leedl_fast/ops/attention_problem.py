@@ -49,20 +49,6 @@ class Problem(NamedTuple):
     def statistics_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    @property
-    def extras(self) -> tuple[str, ...]:
-        """The arguments in use beyond window, key_lengths and lse, by name."""
-        used = {
-            "normalizer": self.normalizer != "softmax",
-            "softcap": self.softcap is not None,
-            "dropout_p": self.dropout_p > 0,
-            "bias": self.bias_shape is not None,
-            "sinks": self.has_sinks,
-            "alibi_slopes": self.has_alibi,
-            "cu_seqlens_q": self.num_sequences is not None,
-        }
-        return tuple(name for name, is_used in used.items() if is_used)
-
 
 class Inputs(NamedTuple):
     """The tensors of one call, as every kernel takes them.
