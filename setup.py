@@ -24,11 +24,7 @@ CPU_FLAGS = [
     "-Wno-uninitialized -Wno-maybe-uninitialized",  # GCC 12 warns about its own AVX-512 header
     "-Icsrc/cpu -Icsrc/common",
 ]
-BINDINGS_ALONE = (
-    "additive_attention.cpp",
-    "attention.cpp",
-    "module.cpp",
-)  # nothing to optimise but pybind11's templates
+BINDINGS = "module.cpp"  # nothing to optimise but pybind11's templates
 X86_FLAGS = {
     "_cpu_avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "_cpu_avx2": "-march=x86-64-v3",
@@ -90,7 +86,7 @@ class NinjaBuild(build_ext):
                 objects = []
                 for source in extension.sources:
                     target = str(self.folder / name / Path(source).with_suffix(".o").name)
-                    extra = f"{flags} -O1" if Path(source).name in BINDINGS_ALONE else flags
+                    extra = f"{flags} -O1" if Path(source).name == BINDINGS else flags
                     objects += ninja.build(target, "compile", source, variables={"extra": extra})
                 ninja.build(str(self.folder / f"{name}.so"), "link", objects)
 

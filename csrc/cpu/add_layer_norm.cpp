@@ -7,7 +7,6 @@
 // backward, which makes the statistics again: the row is in the first-level cache, and two passes over it there cost
 // less than two more tensors.
 #include <omp.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "bindings.h"
 #include "dtypes.h"
+#include "entry_points.h"
 #include "huge_pages.h"
 #include "memory.h"
 #include "philox_simd.h"
@@ -177,33 +176,22 @@ struct Forward {
       add([](auto, int, V v) { return v; });
     }
     const Statistics<A, kRows> statistics(totals, summed_rows, n, eps, rms);
-    const auto write = [&](const auto& affine) {
-      X* const normed_rows = normed + first_row * n;
-      if (streams) {
-        for_each_vector<A>(0, n, [=, &affine, to = summed + first_row * n, stride = n](auto at) {
-          for (int i = 0; i < kRows; ++i) {
-            const V sum = at.load(summed_rows + i * stride);
-            at.stream(sum, to + i * stride);
-            at.stream(affine(at, statistics.normalize(i, sum)), normed_rows + i * stride);
-          }
-        });
-        return;
-      }
-      for_each_vector<A>(0, n, [=, &affine, stride = n](auto at) {
+    X* const normed_rows = normed + first_row * n;
+    if (streams) {
+      for_each_vector<A>(0, n, [=, &statistics, w = weight, b = bias, to = summed + first_row * n, stride = n](auto at) {
         for (int i = 0; i < kRows; ++i) {
-          const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
-          at.store(affine(at, normalized), normed_rows + i * stride);
+          const V sum = at.load(summed_rows + i * stride);
+          at.stream(sum, to + i * stride);
+          at.stream(mul_add(statistics.normalize(i, sum), at.load(w), at.load(b)), normed_rows + i * stride);
         }
       });
-    };
-    if (weight != nullptr && bias != nullptr) {
-      write([w = weight, b = bias](auto at, V v) { return mul_add(v, at.load(w), at.load(b)); });
-    } else if (weight != nullptr) {
-      write([w = weight](auto at, V v) { return v * at.load(w); });
-    } else if (bias != nullptr) {
-      write([b = bias](auto at, V v) { return v + at.load(b); });
     } else {
-      write([](auto, V v) { return v; });
+      for_each_vector<A>(0, n, [=, &statistics, w = weight, b = bias, stride = n](auto at) {
+        for (int i = 0; i < kRows; ++i) {
+          const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
+          at.store(mul_add(normalized, at.load(w), at.load(b)), normed_rows + i * stride);
+        }
+      });
     }
   }
 };
@@ -222,7 +210,7 @@ struct Backward {
   A eps;
   bool rms;
 
-  // Adds the rows' terms to dweight and dbias where they are not null.
+  // Adds the rows' terms to dweight and dbias.
   template <int kRows>
   void run(int64_t first_row, A* dweight, A* dbias) const {
     const X* const dy_rows = dnormed + first_row * n;
@@ -236,19 +224,18 @@ struct Backward {
     const Statistics<A, kRows> statistics(row_totals, summed_rows, n, eps, rms);
     A totals[2 * kRows];  // of weight * dnormed, and of the same times the normalised row
     row_sums<A, 2 * kRows>(n, totals, [&](auto at, V* sums) {
-      V dw = dweight != nullptr ? at.load(dweight) : V::zero();
-      V db = dbias != nullptr ? at.load(dbias) : V::zero();
+      V dw = at.load(dweight), db = at.load(dbias);
       for (int i = 0; i < kRows; ++i) {
         const V dy = at.load(dy_rows + i * stride);
         const V normalized = statistics.normalize(i, at.load(summed_rows + i * stride));
-        const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
+        const V dnormalized = dy * at.load(w);
         sums[2 * i] = sums[2 * i] + dnormalized;
         sums[2 * i + 1] = mul_add(dnormalized, normalized, sums[2 * i + 1]);
         dw = mul_add(dy, normalized, dw);
         db = db + dy;
       }
-      if (dweight != nullptr) at.store(dw, dweight);
-      if (dbias != nullptr) at.store(db, dbias);
+      at.store(dw, dweight);
+      at.store(db, dbias);
     });
     for (int i = 0; i < kRows; ++i) {
       totals[2 * i] = rms ? 0 : totals[2 * i] / static_cast<A>(n);
@@ -272,7 +259,7 @@ struct Backward {
     for_each_vector<A>(0, n, [=, &statistics](auto at) {
       const V dy = at.load(dy_row);
       const V normalized = statistics.normalize(i, at.load(summed_row));
-      const V dnormalized = w != nullptr ? dy * at.load(w) : dy;
+      const V dnormalized = dy * at.load(w);
       const V out = ((dnormalized - constant) - normalized * slope) * scale;
       at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dresidual_row);
     });
@@ -293,29 +280,44 @@ void for_each_row_group(int64_t begin, int64_t end, const Run& run) {
 // the partial sums are few against the data, at most 128, so that their rounding errors stay small.
 int64_t rows_per_block(int64_t rows) { return std::clamp((rows + 63) / 64, int64_t{16}, int64_t{128}); }
 
-// n numbers as numbers of A, converted once where their dtype is another; null where there are none.
+// Calls body(block, thread) for every block. One thread is no parallel region: entering one costs as much as a few rows.
+template <typename Body>
+void for_each_block(int64_t blocks, int num_threads, const Body& body) {
+  if (num_threads <= 1) {
+    for (int64_t block = 0; block < blocks; ++block) body(block, 0);
+  } else {
+#pragma omp parallel for schedule(dynamic) num_threads(num_threads)
+    for (int64_t block = 0; block < blocks; ++block) body(block, omp_get_thread_num());
+  }
+}
+
+// A weight or a bias as n numbers of A: converted where its dtype is another, `absent` n times where there is none.
 template <typename A>
 class Parameter {
  public:
-  Parameter(int dtype, std::uintptr_t address, int64_t n) {
+  Parameter(int dtype, std::uintptr_t address, int64_t n, A absent) {
+    if (address == 0) {
+      made_.assign(n, absent);
+      data_ = made_.data();
+      return;
+    }
     dispatch(dtype, [&](auto tag) {
       using T = typename decltype(tag)::Type;
       if constexpr (std::is_same_v<A, T>) {
         data_ = pointer<const A>(address);
       } else if constexpr (std::is_same_v<A, Accumulate<T>>) {
-        if (address == 0) return;
-        converted_.resize(n);
-        for_each_vector<A>(0, n, [from = pointer<const T>(address), to = converted_.data()](auto at) {
+        made_.resize(n);
+        for_each_vector<A>(0, n, [from = pointer<const T>(address), to = made_.data()](auto at) {
           at.store(at.load(from), to);
         });
-        data_ = converted_.data();
+        data_ = made_.data();
       }
     });
   }
   const A* data() const { return data_; }
 
  private:
-  std::vector<A> converted_;
+  std::vector<A> made_;
   const A* data_ = nullptr;
 };
 
@@ -335,6 +337,28 @@ bool streams(std::uintptr_t normed, std::uintptr_t summed, int64_t rows, int64_t
   return rows * row_bytes >= kStreamedBytes && (normed | summed | static_cast<std::uintptr_t>(row_bytes)) % 64 == 0;
 }
 
+// The sum of `blocks` rows of n partial sums, every second row of `partial`, in their order, in double.
+template <typename A, typename T>
+void reduce_blocks(const A* partial, int64_t blocks, int64_t n, T* out, int num_threads) {
+  constexpr int64_t kColumns = 256;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (blocks * n >= kSerialElements)
+  for (int64_t begin = 0; begin < n; begin += kColumns) {
+    const int64_t count = std::min(kColumns, n - begin);
+    double sums[kColumns] = {};
+    for (int64_t block = 0; block < blocks; ++block) {
+      const A* row = partial + block * 2 * n + begin;
+      for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(row[j]);
+    }
+    A rounded[kColumns];
+    for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<A>(sums[j]);
+    for_each_vector<A>(0, count, [&](auto at) { at.store(at.load(rounded), out + begin); });
+  }
+}
+
+}  // namespace
+
+namespace entry_points {
+
 void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
                             std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
                             std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
@@ -344,7 +368,7 @@ void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, 
     using X = typename decltype(x_tag)::Type;
     using R = typename decltype(residual_tag)::Type;
     using A = Accumulate<X>;
-    const Parameter<A> weights(parameter_dtype, weight, n), biases(parameter_dtype, bias, n);
+    const Parameter<A> weights(parameter_dtype, weight, n, 1), biases(parameter_dtype, bias, n, 0);
     const Branch<A> dropout(dropout_p, seed != 0 ? *pointer<const uint64_t>(seed) : 0);
     const Forward<X, R> forward = {pointer<X>(normed), pointer<R>(summed), pointer<const X>(x),
                                    pointer<const R>(residual), weights.data(), biases.data(), n, x_row_stride,
@@ -357,15 +381,14 @@ void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, 
     const Buffer<A> memory = seed != 0 ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
     const int64_t sums = forward.streams ? kRowsTogether * n : 0;
     const Buffer<R> sums_memory = forward.streams ? allocate<R>(std::max(num_threads, 1) * sums) : nullptr;
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
-    for (int64_t block = 0; block < blocks; ++block) {
-      A* const own_factors = memory.get() + omp_get_thread_num() * factors;
-      R* const own_sums = sums_memory.get() + omp_get_thread_num() * sums;
+    for_each_block(blocks, rows * n >= kSerialElements ? num_threads : 1, [&](int64_t block, int thread) {
+      A* const own_factors = memory.get() + thread * factors;
+      R* const own_sums = sums_memory.get() + thread * sums;
       for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
         forward.template run<decltype(together)::value>(row, own_factors, own_sums);
       });
       if (forward.streams) end_streams();
-    }
+    });
   });
 }
 
@@ -392,24 +415,6 @@ void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr
   });
 }
 
-// The sum of `blocks` rows of partial sums, in their order, in double.
-template <typename A, typename T>
-void reduce_blocks(const A* partial, int64_t blocks, int64_t block_stride, int64_t n, T* out, int num_threads) {
-  constexpr int64_t kColumns = 256;
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (blocks * n >= kSerialElements)
-  for (int64_t begin = 0; begin < n; begin += kColumns) {
-    const int64_t count = std::min(kColumns, n - begin);
-    double sums[kColumns] = {};
-    for (int64_t block = 0; block < blocks; ++block) {
-      const A* row = partial + block * block_stride + begin;
-      for (int64_t j = 0; j < count; ++j) sums[j] += static_cast<double>(row[j]);
-    }
-    A rounded[kColumns];
-    for (int64_t j = 0; j < count; ++j) rounded[j] = static_cast<A>(sums[j]);
-    for_each_vector<A>(0, count, [&](auto at) { at.store(at.load(rounded), out + begin); });
-  }
-}
-
 void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t dresidual,
                              std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
                              std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight, int64_t rows,
@@ -418,40 +423,27 @@ void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype,
     using X = typename decltype(x_tag)::Type;
     using R = typename decltype(residual_tag)::Type;
     using A = Accumulate<X>;
-    const Parameter<A> weights(parameter_dtype, weight, n);
+    const Parameter<A> weights(parameter_dtype, weight, n, 1);
     const Backward<X, R> backward = {pointer<R>(dresidual), pointer<const X>(dnormed), pointer<const R>(dsummed),
                                      pointer<const R>(summed), weights.data(), n, static_cast<A>(eps), rms};
     advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
-    const int64_t dweight_size = dweight != 0 ? n : 0, dbias_size = dbias != 0 ? n : 0;
-    const int64_t block_stride = dweight_size + dbias_size;
-    std::vector<A> partial(blocks * block_stride, 0);
-#pragma omp parallel for schedule(dynamic) num_threads(num_threads) if (rows * n >= kSerialElements)
-    for (int64_t block = 0; block < blocks; ++block) {
-      A* block_dweight = dweight != 0 ? partial.data() + block * block_stride : nullptr;
-      A* block_dbias = dbias != 0 ? partial.data() + block * block_stride + dweight_size : nullptr;
+    std::vector<A> partial(blocks * 2 * n, 0);  // of each block, dweight and dbias
+    for_each_block(blocks, rows * n >= kSerialElements ? num_threads : 1, [&](int64_t block, int) {
+      A* const own = partial.data() + block * 2 * n;
       for_each_row_group(block * block_rows, std::min(rows, (block + 1) * block_rows), [&](auto together, int64_t row) {
-        backward.template run<decltype(together)::value>(row, block_dweight, block_dbias);
+        backward.template run<decltype(together)::value>(row, own, own + n);
       });
-    }
-    const A *const dweights = partial.data(), *const dbiases = dweights + dweight_size;
+    });
     dispatch(parameter_dtype, [&](auto parameter_tag) {
       using T = typename decltype(parameter_tag)::Type;
       if constexpr (std::is_same_v<Accumulate<T>, A>) {
-        if (dweight != 0) reduce_blocks(dweights, blocks, block_stride, n, pointer<T>(dweight), num_threads);
-        if (dbias != 0) reduce_blocks(dbiases, blocks, block_stride, n, pointer<T>(dbias), num_threads);
+        if (dweight != 0) reduce_blocks(partial.data(), blocks, n, pointer<T>(dweight), num_threads);
+        if (dbias != 0) reduce_blocks(partial.data() + n, blocks, n, pointer<T>(dbias), num_threads);
       }
     });
   });
 }
 
-}  // namespace
-
-void bind_add_layer_norm(pybind11::module_& m) {
-  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("add_layer_norm_forward", &add_layer_norm_forward, Release());
-  m.def("add_layer_norm_backward", &add_layer_norm_backward, Release());
-  m.def("add_layer_norm_dropout_backward", &add_layer_norm_dropout_backward, Release());
-}
-
+}  // namespace entry_points
 }  // namespace leedl

@@ -1,32 +1,14 @@
-// Binds attention to Python. Arguments were checked there.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Attention for Python: from addresses and numbers to the arguments of the kernels.
+#include "attention.h"
 
 #include <array>
 #include <tuple>
 
-#include "attention.h"
-#include "bindings.h"
 #include "dtypes.h"
+#include "entry_points.h"
 
 namespace leedl {
 namespace {
-
-// (batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v)
-using Sizes = std::array<int64_t, 7>;
-// (batch, head, seq) strides of each tensor, in elements.
-template <size_t kTensors>
-using Strides = std::array<int64_t, 3 * kTensors>;
-using Pointers = std::array<std::uintptr_t, 7>;  // bias sinks alibi_slopes key_lengths cu_seqlens_q cu_seqlens_k seed
-// num_threads, num_sequences, softmax_scale, window_left, window_right, normalizer, softcap, dropout_p, and the strides
-// of bias along (batch, head, query) and of alibi_slopes along samples
-using Options =
-    std::tuple<int, int64_t, double, int64_t, int64_t, int, double, double, std::array<int64_t, 3>, int64_t>;
-
-template <typename T, size_t kSize>
-HeadTensor<T> head_tensor(std::uintptr_t data, const std::array<int64_t, kSize>& strides, size_t index) {
-  return {pointer<T>(data), strides[3 * index], strides[3 * index + 1], strides[3 * index + 2]};
-}
 
 AttentionOptions make_options(const Sizes& s, const Pointers& pointers, const Options& options) {
   const auto& [num_threads, num_sequences, softmax_scale, window_left, window_right, normalizer, softcap, dropout_p,
@@ -55,29 +37,34 @@ ScoreTerms<T> make_terms(const Pointers& pointers, const Options& options) {
           std::get<9>(options)};
 }
 
-void forward(int dtype, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max, std::uintptr_t row_sum,
-             std::uintptr_t q, std::uintptr_t k, std::uintptr_t v, const Pointers& pointers, const Sizes& sizes,
-             const Strides<4>& strides, const Options& options) {
+}  // namespace
+
+namespace entry_points {
+
+void attention_forward(int dtype, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max,
+                       std::uintptr_t row_sum, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
+                       const Pointers& pointers, const Sizes& sizes, const Strides<4>& strides,
+                       const Options& options) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    attention_forward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
+    leedl::attention_forward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
                           head_tensor<T>(out, strides, 0), pointer<A>(lse), pointer<A>(row_max), pointer<A>(row_sum),
                           head_tensor<const T>(q, strides, 1), head_tensor<const T>(k, strides, 2),
                           head_tensor<const T>(v, strides, 3)});
   });
 }
 
-void backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dbias,
-              std::uintptr_t dsinks, std::uintptr_t dout, std::uintptr_t dlse, std::uintptr_t q, std::uintptr_t k,
-              std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max, std::uintptr_t row_sum,
-              const Pointers& pointers, const Sizes& sizes, const Strides<8>& strides,
-              const std::array<int64_t, 4>& dbias_strides_and_size, const Options& options) {
+void attention_backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dbias,
+                        std::uintptr_t dsinks, std::uintptr_t dout, std::uintptr_t dlse, std::uintptr_t q,
+                        std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max,
+                        std::uintptr_t row_sum, const Pointers& pointers, const Sizes& sizes, const Strides<8>& strides,
+                        const std::array<int64_t, 4>& dbias_strides_and_size, const Options& options) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
     const std::array<int64_t, 4>& d = dbias_strides_and_size;
-    attention_backward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
+    leedl::attention_backward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
                            head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1),
                            head_tensor<T>(dv, strides, 2), {pointer<A>(dbias), d[0], d[1], d[2]}, d[3],
                            pointer<A>(dsinks), head_tensor<const T>(dout, strides, 3),
@@ -87,12 +74,5 @@ void backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv
   });
 }
 
-}  // namespace
-
-void bind_attention(pybind11::module_& m) {
-  using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("attention_forward", &forward, ReleaseGil());
-  m.def("attention_backward", &backward, ReleaseGil());
-}
-
+}  // namespace entry_points
 }  // namespace leedl

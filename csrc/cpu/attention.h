@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -65,6 +66,12 @@ struct HeadTensor {
     advise_huge_pages(data, (end - data) * static_cast<int64_t>(sizeof(T)));
   }
 };
+
+// Tensor number `index` of those whose (batch, head, seq) strides stand one after another.
+template <typename T, size_t kSize>
+inline HeadTensor<T> head_tensor(std::uintptr_t data, const std::array<int64_t, kSize>& strides, size_t index) {
+  return {pointer<T>(data), strides[3 * index], strides[3 * index + 1], strides[3 * index + 2]};
+}
 
 struct AttentionOptions {
   AttentionSizes sizes;

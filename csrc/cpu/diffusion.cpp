@@ -4,17 +4,14 @@
 // All tensors are contiguous (batch, n); every sample has its own seed, stream and coefficients, so that its numbers
 // depend on nothing else in the batch. A task is one block of one sample, however many threads there are. T is the dtype
 // of the tensors; everything is computed, and noise is made, in A = Accumulate<T>.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
 
-#include "bindings.h"
 #include "dtypes.h"
+#include "entry_points.h"
 #include "huge_pages.h"
 #include "normal_simd.h"
 #include "simd.h"
@@ -118,36 +115,6 @@ void fill_chunks(T* out, const Samples& samples, const Noise<T>& noise, const Ke
   });
 }
 
-void randn(int dtype, std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
-           int num_threads) {
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
-    fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
-                   [](int64_t, int64_t, int64_t count, const auto* z, T* target) {
-                     fill_vectors<Accumulate<T>>(target, count, [z](auto load) { return load(z); });
-                   });
-  });
-}
-
-// noisy = c0 * sample + c1 * noise, with coefficients[b] = (c0, c1).
-void add_noise(int dtype, std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise,
-               std::uintptr_t coefficients, std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
-    using T = typename decltype(tag)::Type;
-    using A = Accumulate<T>;
-    const double* c = pointer<const double>(coefficients);
-    const T* x = pointer<const T>(sample);
-    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
-    fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
-                   [=](int64_t b, int64_t offset, int64_t count, const A* z, T* target) {
-                     const auto c0 = Vec<A>::broadcast(static_cast<A>(c[2 * b]));
-                     const auto c1 = Vec<A>::broadcast(static_cast<A>(c[2 * b + 1]));
-                     fill_vectors<A>(target, count, [&](auto load) { return c0 * load(x + offset) + c1 * load(z); });
-                   });
-  });
-}
-
 // What the model should have predicted, c0 * sample + c1 * noise; `sample` is not read where c0 is 0.
 template <typename T>
 struct Target {
@@ -185,6 +152,63 @@ A squared_error(const T* y, const T* x, const A* z, Vec<A> c0, Vec<A> c1, int64_
     add(sums[0], V::load_first(y + i, rest), V::load_first(x + i, rest), V::load_first(z + i, rest));
   }
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// One step from `sample` to `prev_sample`, with coefficients[b] = (p, q, u, w, e, s):
+//   m = unconditional + guidance_scale * (model_output - unconditional), or model_output alone
+//   prev_sample = u * x0 + w * sample + e * m + s * noise, with x0 = p * sample + q * m clipped to +-clip_range
+// M is the dtype of m.
+template <typename A, typename T, typename M>
+void step_chunk(T* prev, const M* m, const T* x, const A* z, const double* c, double clip_range, int64_t count) {
+  using V = Vec<A>;
+  const auto coefficient = [](double value) { return V::broadcast(static_cast<A>(value)); };
+  const V s = coefficient(c[5]);
+  if (clip_range > 0) {
+    const V high = coefficient(clip_range), low = -high;
+    const V p = coefficient(c[0]), q = coefficient(c[1]), u = coefficient(c[2]);
+    const V w = coefficient(c[3]), e = coefficient(c[4]);
+    fill_vectors<A>(prev, count, [&](auto load) {
+      const V x0 = min(high, max(low, p * load(x) + q * load(m)));  // in this order NaN stays NaN
+      return (u * x0 + w * load(x)) + (e * load(m) + s * load(z));
+    });
+  } else {
+    const V w = coefficient(c[3] + c[2] * c[0]), e = coefficient(c[4] + c[2] * c[1]);
+    fill_vectors<A>(prev, count, [&](auto load) { return (w * load(x) + e * load(m)) + s * load(z); });
+  }
+}
+
+}  // namespace
+
+namespace entry_points {
+
+void randn(int dtype, std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
+           int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
+    fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
+                   [](int64_t, int64_t, int64_t count, const auto* z, T* target) {
+                     fill_vectors<Accumulate<T>>(target, count, [z](auto load) { return load(z); });
+                   });
+  });
+}
+
+// noisy = c0 * sample + c1 * noise, with coefficients[b] = (c0, c1).
+void add_noise(int dtype, std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise,
+               std::uintptr_t coefficients, std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
+    const double* c = pointer<const double>(coefficients);
+    const T* x = pointer<const T>(sample);
+    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
+    fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
+                   [=](int64_t b, int64_t offset, int64_t count, const A* z, T* target) {
+                     const auto c0 = Vec<A>::broadcast(static_cast<A>(c[2 * b]));
+                     const auto c1 = Vec<A>::broadcast(static_cast<A>(c[2 * b + 1]));
+                     fill_vectors<A>(target, count, [&](auto load) { return c0 * load(x + offset) + c1 * load(z); });
+                   });
+  });
 }
 
 // sums[b] = the sum of (model_output - target)^2 over sample b: each chunk in A, the chunks in double and in order.
@@ -237,33 +261,9 @@ void noise_prediction_loss_backward(int dtype, std::uintptr_t dmodel_output, std
   });
 }
 
-// One step from `sample` to `prev_sample`, with coefficients[b] = (p, q, u, w, e, s):
-//   m = unconditional + guidance_scale * (model_output - unconditional), or model_output alone
-//   prev_sample = u * x0 + w * sample + e * m + s * noise, with x0 = p * sample + q * m clipped to +-clip_range
-// M is the dtype of m.
-template <typename A, typename T, typename M>
-void step_chunk(T* prev, const M* m, const T* x, const A* z, const double* c, double clip_range, int64_t count) {
-  using V = Vec<A>;
-  const auto coefficient = [](double value) { return V::broadcast(static_cast<A>(value)); };
-  const V s = coefficient(c[5]);
-  if (clip_range > 0) {
-    const V high = coefficient(clip_range), low = -high;
-    const V p = coefficient(c[0]), q = coefficient(c[1]), u = coefficient(c[2]);
-    const V w = coefficient(c[3]), e = coefficient(c[4]);
-    fill_vectors<A>(prev, count, [&](auto load) {
-      const V x0 = min(high, max(low, p * load(x) + q * load(m)));  // in this order NaN stays NaN
-      return (u * x0 + w * load(x)) + (e * load(m) + s * load(z));
-    });
-  } else {
-    const V w = coefficient(c[3] + c[2] * c[0]), e = coefficient(c[4] + c[2] * c[1]);
-    fill_vectors<A>(prev, count, [&](auto load) { return (w * load(x) + e * load(m)) + s * load(z); });
-  }
-}
-
 void step(int dtype, std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_t unconditional_output,
           std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients, double guidance_scale,
-          double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
-          int num_threads) {
+          double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n, int num_threads) {
   dispatch(dtype, [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
@@ -290,27 +290,15 @@ void step(int dtype, std::uintptr_t prev_sample, std::uintptr_t model_output, st
 }
 
 // Philox and Box-Muller on given words, as normal.h and philox.h have them for the device: for tests.
-pybind11::tuple philox4x32_10_words(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-  const Philox4x32 words = philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
-  return pybind11::make_tuple(words.word[0], words.word[1], words.word[2], words.word[3]);
+std::array<uint32_t, 4> philox4x32_10(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  const Philox4x32 words = leedl::philox4x32_10({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {words.word[0], words.word[1], words.word[2], words.word[3]};
 }
 
-pybind11::tuple normal_pair_of_words(uint32_t a, uint32_t b) {
-  const NormalPair pair = normal_pair(a, b);
-  return pybind11::make_tuple(pair.z0, pair.z1);
+std::array<float, 2> normal_pair(uint32_t a, uint32_t b) {
+  const NormalPair pair = leedl::normal_pair(a, b);
+  return {pair.z0, pair.z1};
 }
 
-}  // namespace
-
-void bind_diffusion(pybind11::module_& m) {
-  using Release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("randn", &randn, Release());
-  m.def("add_noise", &add_noise, Release());
-  m.def("noise_prediction_loss_forward", &noise_prediction_loss_forward, Release());
-  m.def("noise_prediction_loss_backward", &noise_prediction_loss_backward, Release());
-  m.def("step", &step, Release());
-  m.def("philox4x32_10", &philox4x32_10_words);
-  m.def("normal_pair", &normal_pair_of_words);
-}
-
+}  // namespace entry_points
 }  // namespace leedl

@@ -16,13 +16,12 @@
 // weights 112 K, the partial dhidden 224 K: each product has its operands in a second-level cache of 1 M. More features
 // than kDepth are taken kDepth at a time.
 #include <omp.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "bindings.h"
+#include "entry_points.h"
 #include "huge_pages.h"
 #include "linear_cross_entropy_tasks.h"
 
@@ -181,6 +180,10 @@ class Run {
   std::vector<Partial<T>> partials_;
 };
 
+}  // namespace
+
+namespace entry_points {
+
 // `loss` or `dhidden` and `dweight` may be null, and are not made; dloss null means 1.
 void linear_cross_entropy(int dtype, std::uintptr_t loss, std::uintptr_t dhidden, std::uintptr_t dweight,
                           std::uintptr_t dbias, std::uintptr_t dloss, std::uintptr_t hidden, std::uintptr_t weight,
@@ -199,10 +202,5 @@ void linear_cross_entropy(int dtype, std::uintptr_t loss, std::uintptr_t dhidden
   });
 }
 
-}  // namespace
-
-void bind_linear_cross_entropy(pybind11::module_& m) {
-  m.def("linear_cross_entropy", &linear_cross_entropy, pybind11::call_guard<pybind11::gil_scoped_release>());
-}
-
+}  // namespace entry_points
 }  // namespace leedl

@@ -1,7 +1,8 @@
 // The extension module. It is compiled once per instruction set; LEEDL_CPU_MODULE names the copy.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "bindings.h"
+#include "entry_points.h"
 
 namespace {
 
@@ -25,9 +26,22 @@ bool processor_can_run() {
 PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   m.doc() = "CPU kernels of leedl_fast. Outputs are filled, never allocated; nothing is checked here.";
   m.def("processor_can_run", &processor_can_run);
-  leedl::bind_attention(m);
-  leedl::bind_additive_attention(m);
-  leedl::bind_add_layer_norm(m);
-  leedl::bind_diffusion(m);
-  leedl::bind_linear_cross_entropy(m);
+
+  namespace entry_points = leedl::entry_points;
+  using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("attention_forward", &entry_points::attention_forward, ReleaseGil());
+  m.def("attention_backward", &entry_points::attention_backward, ReleaseGil());
+  m.def("additive_attention_forward", &entry_points::additive_attention_forward, ReleaseGil());
+  m.def("additive_attention_backward", &entry_points::additive_attention_backward, ReleaseGil());
+  m.def("add_layer_norm_forward", &entry_points::add_layer_norm_forward, ReleaseGil());
+  m.def("add_layer_norm_dropout_backward", &entry_points::add_layer_norm_dropout_backward, ReleaseGil());
+  m.def("add_layer_norm_backward", &entry_points::add_layer_norm_backward, ReleaseGil());
+  m.def("linear_cross_entropy", &entry_points::linear_cross_entropy, ReleaseGil());
+  m.def("randn", &entry_points::randn, ReleaseGil());
+  m.def("add_noise", &entry_points::add_noise, ReleaseGil());
+  m.def("noise_prediction_loss_forward", &entry_points::noise_prediction_loss_forward, ReleaseGil());
+  m.def("noise_prediction_loss_backward", &entry_points::noise_prediction_loss_backward, ReleaseGil());
+  m.def("step", &entry_points::step, ReleaseGil());
+  m.def("philox4x32_10", &entry_points::philox4x32_10);
+  m.def("normal_pair", &entry_points::normal_pair);
 }
