@@ -271,13 +271,14 @@ def _add_layer_norm_forward(
     seed: Tensor | None,
 ) -> None:
     rows, n, dtype, residual_dtype, parameter_dtype, _, eps, norm, dropout_p = problem
-    x, x_row_stride = (x, n) if x.is_contiguous() else _rows(x, rows, n)
-    residual, residual_row_stride = (
-        (residual, n) if residual.is_contiguous() else _rows(residual, rows, n)
-    )
+    x_row_stride = residual_row_stride = n
+    if not x.is_contiguous():
+        x, x_row_stride = _rows(x, rows, n)
+    if not residual.is_contiguous():
+        residual, residual_row_stride = _rows(residual, rows, n)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    _kernel("add_layer_norm_forward")(
+    _entry_point(_forced_isa, "add_layer_norm_forward")(
         DTYPE_NUMBERS[dtype],
         DTYPE_NUMBERS[residual_dtype],
         DTYPE_NUMBERS[parameter_dtype],
@@ -301,8 +302,6 @@ def _add_layer_norm_forward(
 
 def _rows(x: Tensor, rows: int, n: int) -> tuple[Tensor, int]:
     """x as `rows` contiguous rows of n and their stride, without a copy where strides allow it."""
-    if x.is_contiguous():
-        return x, n
     x = x.reshape(rows, n)
     x = x if x.stride(1) == 1 else x.contiguous()
     return x, x.stride(0)

@@ -19,6 +19,7 @@ from leedl_fast.ops.contract import (
 from leedl_fast.ops.seeds import check_dropout_p, dropout_seed
 
 NORMS = ("layer", "rms")
+_ABSENT = (None, None, None)  # the shape, dtype and device of a weight or bias that is not there
 
 
 class Problem(NamedTuple):
@@ -86,18 +87,21 @@ def add_layer_norm(
     """
     checks.check_tensor("x", x)
     checks.check_tensor("residual", residual)
-    problem, implementation = _resolve(
+    resolved = _resolve(
         backend,
         x.shape,
         x.dtype,
         x.device,
-        (residual.shape, residual.dtype, residual.device),
-        None if weight is None else (weight.shape, weight.dtype, weight.device),
-        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        residual.shape,
+        residual.dtype,
+        residual.device,
         eps,
         norm,
         dropout_p,
+        *(_ABSENT if weight is None else (weight.shape, weight.dtype, weight.device)),
+        *(_ABSENT if bias is None else (bias.shape, bias.dtype, bias.device)),
     )
+    problem, implementation = resolved
     mask_seed = dropout_seed(seed, x.device) if dropout_p else None
     if out is not None:
         return _fill(out, implementation, problem, x, residual, weight, bias, mask_seed)
@@ -106,9 +110,7 @@ def add_layer_norm(
     if traced(x, residual, weight, bias):
         return _forward.from_graph(implementation, problem, x, residual, weight, bias, mask_seed)
     if needs_grad(x, residual, weight, bias):
-        return AddLayerNormFunction.apply(
-            x, residual, weight, bias, mask_seed, problem, implementation
-        )
+        return AddLayerNormFunction.apply(x, residual, weight, bias, mask_seed, resolved)
     return _forward(implementation, problem, x, residual, weight, bias, mask_seed)
 
 
@@ -168,37 +170,39 @@ def _check(
     shape: torch.Size,
     dtype: torch.dtype,
     device: torch.device,
-    residual: tuple,
-    weight: tuple | None,
-    bias: tuple | None,
+    residual_shape: torch.Size,
+    residual_dtype: torch.dtype,
+    residual_device: torch.device,
     eps: float,
     norm: str,
     dropout_p: float,
+    *parameters: Any,
 ) -> Problem:
+    """parameters: shape, dtype and device of weight, and the same of bias; None where absent."""
+    weight_dtype, bias_dtype = parameters[1], parameters[4]
     checks.check_floating("x", dtype)
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(shape)}")
-    for name, given, expected in (
-        ("residual", residual, shape),
-        ("weight", weight, shape[-1:]),
-        ("bias", bias, shape[-1:]),
+    for name, expected, given, its_dtype, its_device in (
+        ("residual", shape, residual_shape, residual_dtype, residual_device),
+        ("weight", shape[-1:], *parameters[:3]),
+        ("bias", shape[-1:], *parameters[3:]),
     ):
         if given is not None:
-            checks.check_shape(name, given[0], expected)
-            if dtype.itemsize > 2 or given[1] != torch.float32:
-                checks.check_same_dtype(name, given[1], dtype, "x")
-            checks.check_same_device(name, given[2], device, "x")
+            checks.check_shape(name, given, expected)
+            if dtype.itemsize > 2 or its_dtype != torch.float32:
+                checks.check_same_dtype(name, its_dtype, dtype, "x")
+            checks.check_same_device(name, its_device, device, "x")
     checks.check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     checks.check_choice("norm", norm, NORMS)
     check_dropout_p(dropout_p)
-    parameter = weight or bias
-    if weight is not None and bias is not None:
-        checks.check_same_dtype("bias", bias[1], weight[1], "weight")
+    if weight_dtype is not None and bias_dtype is not None:
+        checks.check_same_dtype("bias", bias_dtype, weight_dtype, "weight")
     return Problem(
-        *(shape[:-1].numel(), shape[-1], dtype, residual[1]),
-        dtype if parameter is None else parameter[1],
+        *(shape[:-1].numel(), shape[-1], dtype, residual_dtype),
+        weight_dtype or bias_dtype or dtype,
         *(device, float(eps), norm, float(dropout_p)),
     )
 
@@ -293,7 +297,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual, weight and bias."""
     summed, weight, bias, seed = ctx.saved_tensors
-    problem = ctx.problem
+    problem, implementation = ctx.resolved
     dresidual, dweight, dbias = dsummed, None, None
     if dnormed is not None and torch.is_grad_enabled():
         # summed is an output of this node, hence a function of x and residual that autograd knows.
@@ -311,7 +315,7 @@ def _gradients(
         )
     elif dnormed is not None:
         dresidual, dweight, dbias = run(
-            ctx.implementation,
+            implementation,
             problem,
             dnormed.contiguous(),
             None if dsummed is None else dsummed.contiguous(),
@@ -326,7 +330,7 @@ def _gradients(
         if torch.is_grad_enabled():
             dx = reference.add_layer_norm_dropout(dresidual, problem.dropout_p, seed)
         else:
-            dx = run_dropout(ctx.implementation, problem, dresidual.contiguous(), seed)
+            dx = run_dropout(implementation, problem, dresidual.contiguous(), seed)
     return None if dx is None else dx.to(problem.dtype), dresidual, dweight, dbias
 
 
@@ -341,19 +345,22 @@ class AddLayerNormFunction(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         seed: Tensor | None,
-        problem: Problem,
-        implementation: Implementation,
+        resolved: tuple[Problem, Implementation],
     ) -> tuple[Tensor, Tensor]:
-        normed, summed = _forward(implementation, problem, x, residual, weight, bias, seed)
+        problem, implementation = resolved
+        # What _forward does, without its loops over arguments: they cost as much as a small kernel.
+        normed, summed = _allocate_forward(problem, x, residual)
+        kernel = implementation.kernels["add_layer_norm_forward"]
+        kernel(problem, normed, summed, x, residual, weight, bias, seed)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(summed, weight, bias, seed)
-        ctx.problem, ctx.implementation = problem, implementation
+        ctx.resolved = resolved
         return normed, summed
 
     @staticmethod
     def backward(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None) -> tuple:
         gradients = _gradients(ctx, _backward, _dropout_backward, dnormed, dsummed)
-        return *gradients, None, None, None
+        return *gradients, None, None
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -361,8 +368,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     _, summed = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(summed, weight, bias, seed)
-    ctx.problem = _describe(x.dtype, summed, weight, bias, *options)
-    ctx.implementation = table(backend)["add_layer_norm"]
+    problem = _describe(x.dtype, summed, weight, bias, *options)
+    ctx.resolved = problem, table(backend)["add_layer_norm"]
 
 
 def _backward_from_graph(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None) -> tuple:

@@ -89,15 +89,12 @@ def resolver(op: str, check: Callable[..., Any]) -> Callable[..., tuple[Any, Imp
     memo = functools.lru_cache(maxsize=4096)(resolve)
 
     def lookup(backend: str | None, *key: Any) -> tuple[Any, Implementation]:
-        backend = requested(backend)
         if torch.compiler.is_compiling():
-            return resolve(backend, *key)
+            return resolve(requested(backend), *key)
         try:
-            return memo(backend, *key)
-        except (
-            TypeError
-        ):  # an unhashable argument (or a wrong dtype): let the check say what is wrong
-            return resolve(backend, *key)
+            return memo(requested(backend), *key)
+        except TypeError:  # an unhashable argument or a wrong type: the check says what is wrong
+            return resolve(requested(backend), *key)
 
     return lookup
 
