@@ -349,7 +349,7 @@ class AddLayerNormFunction(Function):
     ) -> tuple[Tensor, Tensor]:
         problem, implementation = resolved
         # What _forward does, without its loops over arguments: they cost as much as a small kernel.
-        normed, summed = _allocate_forward(problem, x, residual)
+        normed, summed = _forward.allocate(problem, x, residual)
         kernel = implementation.kernels["add_layer_norm_forward"]
         kernel(problem, normed, summed, x, residual, weight, bias, seed)
         ctx.set_materialize_grads(False)
