@@ -1,21 +1,27 @@
 # make bench   set up, then a benchmark report in bench-report/ (about five minutes on two cores)
 # make test    set up, then ruff, mypy and pytest
+# make models  set up, then train every model, or MODELS="gpt bert", and write what they reached to
+#              benchmarks/results/ and to the README's table; fails where a goal is missed
 # make setup   the virtual environment in .venv with pinned requirements, and the build
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+MODELS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
 SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: bench test setup build lint clean
+.PHONY: bench test models setup build lint clean
 
 bench: setup
 	$(BIN)/leedl-fast bench --quick
 
 test: setup lint
 	$(BIN)/python -m pytest
+
+models: setup
+	$(BIN)/leedl-fast models $(MODELS) --run --readme README.md
 
 lint: setup
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import os
-import re
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,14 +57,6 @@ def _instruction_set(backend: str) -> str | None:
     from leedl_fast.backends import cpu
 
     return cpu.isa()
-
-
-def machine_name(results: Results) -> str:
-    """A file name for this kind of machine: "intel-r-xeon-r-processor-2-50ghz-2-cores"."""
-    facts = results["machine"]
-    return re.sub("[^a-z0-9]+", "-", f"{facts['processor']} {facts['cores']} cores".lower()).strip(
-        "-"
-    )
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

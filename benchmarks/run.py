@@ -14,6 +14,7 @@ from rich.text import Text
 from leedl_fast.benchmarks import results as r
 from leedl_fast.benchmarks.report import format_ms, print_report, verdict, write_report
 from leedl_fast.benchmarks.suite import Recorder, Settings
+from leedl_fast.testing.bench import machine_name
 
 FOLDER = Path(__file__).parent
 OPS = tuple(sorted(path.stem.removeprefix("bench_") for path in FOLDER.glob("bench_*.py")))
@@ -69,7 +70,7 @@ def bench(
     if save_results:
         folder = FOLDER / "results"
         folder.mkdir(exist_ok=True)
-        r.save(results, folder / f"{r.machine_name(results)}.json")
+        r.save(results, folder / f"{machine_name(results['machine'])}.json")
     console.print(f"\nreport: {page.resolve()}", soft_wrap=True)
     if screen.interrupted:
         console.print(f"interrupted: {len(recorder.cases)} of {screen.total} benchmarks are in it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import shlex
 import statistics
 import sys
@@ -28,17 +29,59 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(TA
 @app.command()
 @one_line_errors()
 def models(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="List the options of this one.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME...]", help="List this one's options; or run only these."),
+    ] = None,
+    run: Annotated[
+        bool, typer.Option("--run", help="Fetch, train and measure them, every variant.")
+    ] = False,
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of what was reached. Default: the one beside the benchmarks.",
+            show_default=False,
+        ),
+    ] = None,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="With --run: a Markdown file whose table is written anew."),
     ] = None,
 ) -> None:
-    """List the models: what each shows, its data, what it must reach, how long that took."""
+    """List the models: what each shows, its data, what it must reach and what it reached, where.
+
+    With --run the models are trained first; exit code 1 when a goal is missed.
+    """
+    names = names or []
+    for name in names:
+        check_name(name)
+    if readme is not None and not run:
+        raise ValueError(f"--readme is for --run, got it without: {str(readme)!r}")
     from leedl_fast.training.listing import print_models, print_options
 
-    if name is None:
-        print_models()
-    else:
+    results = _results_folder() if results is None else results
+    if run:
+        _run_models(names, results, readme)
+    elif not names:
+        print_models(results)
+    for name in () if run else names:
         print_options(name)
+
+
+def _run_models(names: list[str], results: Path, readme: Path | None) -> None:
+    from leedl_fast.training.table import run_models
+
+    lines = run_models(names, results, readme, report=typer.echo)
+    if lines:
+        typer.echo("missed:\n" + "\n".join(lines), err=True)
+        raise typer.Exit(1)
+
+
+def _results_folder() -> Path:
+    spec = importlib.util.find_spec("leedl_fast.benchmarks")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("the package leedl_fast.benchmarks is not installed")
+    return Path(spec.submodule_search_locations[0]) / "results"
 
 
 @app.command()

@@ -12,6 +12,7 @@ import gc
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -258,6 +259,12 @@ def machine(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": device.type,
     }
+
+
+def machine_name(facts: Mapping[str, Any]) -> str:
+    """A file name for the kind of machine that has these facts: "amd-epyc-2-cores"."""
+    text = f"{facts['processor']} {facts['cores']} cores".lower()
+    return re.sub("[^a-z0-9]+", "-", text).strip("-")
 
 
 def _processor(device: torch.device) -> str:

@@ -3,27 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from leedl_fast.training.registry import TASKS, task_class
+from leedl_fast.training.registry import task_class
+from leedl_fast.training.results import Record, all_results, reached_texts, rows
 from leedl_fast.training.settings import settable_fields
 
 
-def print_models() -> None:
-    table = Table("model", "what it shows", "data", "must reach")
-    for name in TASKS:
-        task = task_class(name)
-        goals = [
-            f"{variant.name}: {goal}" if variant.name else str(goal)
-            for variant in task.variants
-            for goal in variant.goals
-        ]
+def print_models(results: Path) -> None:
+    """results: the folder with what the models reached."""
+    machines = all_results(results)
+    table = Table("model", "what it shows", "data", "must reach", "reached", "when, where")
+    for row in rows():
+        task, first = row.task, row.variant is row.task.variants[0]
         fetch = f" (fetch {', '.join(task.data_sets)})" if task.data_sets else ""
-        table.add_row(name, f"{task.title}: {task.shows}", task.data_text + fetch, "\n".join(goals))
+        there = [one for one in machines if row.key in one.records]
+        table.add_row(
+            row.key,
+            f"{task.title}: {task.shows}" if first else "",
+            task.data_text + fetch if first else "",
+            "\n".join(map(str, row.variant.goals)),
+            "\n".join("; ".join(reached_texts(row, one.records)) for one in there) or "not run",
+            "\n".join(_when(one.records[row.key], one.machine) for one in there),
+            end_section=row.variant is task.variants[-1],
+        )
     Console().print(table)
+
+
+def _when(record: Record, machine: dict[str, Any]) -> str:
+    seconds = f", {record['seconds']:.0f} s" if "seconds" in record else ""
+    return f"{record['date']}{seconds}, {machine['processor']}, {machine['cores']} cores"
 
 
 def print_options(name: str) -> None:
