@@ -222,7 +222,7 @@ def test_a_row_is_measured_in_a_process_of_its_own():
     assert 0 < record["seconds"] < 100
     assert record["processor_seconds"] > 0
     assert json.dumps(record)
-    with pytest.raises(ValueError, match="variant of gpt must be one of"):
-        apart(measure_row, "gpt", "nothing", {})
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        apart(int, "two")
     with pytest.raises(RuntimeError, match="its process was killed or crashed"):
         apart(os._exit, 1)
