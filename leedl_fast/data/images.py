@@ -76,6 +76,11 @@ def load_image_folder(path: str | Path, *, size: int | None = None, channels: in
         raise ValueError(
             f"data must be a folder with at least 2 images, got {len(files)} in {str(path)!r}"
         )
+    is_loose = [file.parent == path for file in files]
+    if any(is_loose) and not all(is_loose):
+        raise ValueError(
+            f"data must be images in a folder or in its subfolders, got both in {str(path)!r}"
+        )
     images = [_read_image(file, size, channels) for file in files]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
@@ -84,7 +89,7 @@ def load_image_folder(path: str | Path, *, size: int | None = None, channels: in
             f"width) {sorted(shapes)[:3]} in {str(path)!r}"
         )
     stacked = torch.stack(images)
-    if all(file.parent == path for file in files):
+    if all(is_loose):
         return Images(stacked, None, [], digest(stacked))
     parents = [file.relative_to(path).parts[0] for file in files]
     names = sorted(set(parents))
@@ -98,6 +103,8 @@ def _read_image(path: Path, size: int | None, channels: int) -> Tensor:
 
     try:
         with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # which a conversion to bytes would cut off
+                raise ValueError(f"channels must have 8 bits, got the mode {file.mode!r}")
             image = file.convert("L" if channels == 1 else "RGB")
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"data must be images, got {str(path)!r}: {error}") from None
