@@ -224,24 +224,30 @@ def compare(
     data: Annotated[Path | None, typer.Option(help="Your own file or folder.")] = None,
     backend: Annotated[str, typer.Option(help="The backend beside eager.")] = "cpu",
     steps: Annotated[int, typer.Option(help="Training steps of the loss curves.")] = 50,
-    output: Annotated[Path, typer.Option(help="The plot, a PNG file.")] = Path("compare.png"),
+    output: Annotated[
+        Path, typer.Option(help="The plot, a PNG file; the numbers stand beside it, in JSON.")
+    ] = Path("compare.png"),
 ) -> None:
     """Train a model with plain PyTorch and with the fused kernels from one seed, side by side.
 
     Exit code 1 when they disagree.
     """
     check_name(name)
-    from leedl_fast.training.compare import compare_backends, print_comparison
+    from leedl_fast.training.compare import compare_backends, print_comparison, write_numbers
     from leedl_fast.training.registry import configure, task_class
     from leedl_fast.training.settings import parse_changes
 
     task = task_class(name)
+    numbers = output.with_suffix(".json")
+    if numbers == output:
+        raise ValueError(f"output must be a picture, got {str(output)!r}")
     changes = parse_changes(set_ or (), task.Settings, task.ModelConfig) | {"steps": steps}
     if data is not None:
         changes["data"] = str(data)
     comparison = compare_backends(configure(name, variant, **changes), backend)
     print_comparison(comparison, output)
-    typer.echo(f"wrote {output}")
+    write_numbers(comparison, numbers)
+    typer.echo(f"wrote {output} and {numbers}")
     if not comparison.agrees:
         raise typer.Exit(1)
 

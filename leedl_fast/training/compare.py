@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from leedl_fast.backends import use_backend
 from leedl_fast.testing.bench import peak_memory
+from leedl_fast.training.checkpoint import write_file
 from leedl_fast.training.engine import make_task, train
 from leedl_fast.training.pictures import write_curves
 from leedl_fast.training.settings import RunConfig
@@ -39,7 +43,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Comparison:
-    """outputs, gradients: the largest difference in the first batch, over the largest value.
+    """outputs, gradients: the largest difference in the first batch, over the largest value;
+    infinite where a parameter has a gradient on one side only.
     curve: the largest difference of losses, over the first loss.
     """
 
@@ -64,12 +69,17 @@ def compare_backends(run: RunConfig, backend: str) -> Comparison:
     sides = {name: _side(run, name) for name in (EAGER, backend)}
     eager, fast = sides[EAGER], sides[backend]
     curve = max(abs(a - b) for a, b in zip(eager.losses, fast.losses, strict=True))
+    gradients = (
+        max(_difference(eager.gradients[name], fast.gradients[name]) for name in eager.gradients)
+        if eager.gradients.keys() == fast.gradients.keys()
+        else math.inf
+    )
     return Comparison(
         run,
         backend,
         sides,
         _difference(eager.outputs, fast.outputs),
-        max(_difference(eager.gradients[name], fast.gradients[name]) for name in eager.gradients),
+        gradients,
         curve / max(abs(eager.losses[0]), 1e-12),
     )
 
@@ -105,6 +115,31 @@ def _side(run: RunConfig, backend: str) -> Side:
     if result.interrupted:  # training takes Ctrl-C for itself, to end after a whole step
         raise KeyboardInterrupt
     return Side(outputs, gradients, result.losses, statistics.median(result.step_times), memory)
+
+
+def write_numbers(comparison: Comparison, path: Path) -> None:
+    """Every number of the comparison as JSON: times in seconds, memory in bytes; null for an
+    infinite difference.
+    """
+    run = comparison.run
+    content = {
+        "model": run.task,
+        "options": dataclasses.asdict(run.settings) | dict(run.model),
+        "agrees": comparison.agrees,
+        "differences": {
+            "outputs": {"got": comparison.outputs, "allowed": TOLERANCE},
+            "gradients": {
+                "got": comparison.gradients if math.isfinite(comparison.gradients) else None,
+                "allowed": TOLERANCE,
+            },
+            "losses": {"got": comparison.curve, "allowed": CURVE_TOLERANCE},
+        },
+        "backends": {
+            name: {"step_time": side.step_time, "memory": side.memory, "losses": side.losses}
+            for name, side in comparison.sides.items()
+        },
+    }
+    write_file((json.dumps(content, indent=1, allow_nan=False) + "\n").encode(), path)
 
 
 def print_comparison(comparison: Comparison, plot: Path) -> None:
