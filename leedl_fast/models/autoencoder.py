@@ -104,8 +104,9 @@ class Autoencoder(nn.Module):
         latents = self.encoder(self.add_noise(images))
         if self.training:
             with torch.no_grad():
-                self.latent_mean.lerp_(latents.mean(dim=0), 0.02)
-                self.latent_std.lerp_(latents.std(dim=0, correction=0), 0.02)
+                values = latents.to(self.latent_mean.dtype)  # under autocast they are bfloat16
+                self.latent_mean.lerp_(values.mean(dim=0), 0.02)
+                self.latent_std.lerp_(values.std(dim=0, correction=0), 0.02)
         return (self.decoder(latents) - images).square().mean()
 
     def add_noise(self, images: Tensor) -> Tensor:

@@ -56,11 +56,9 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
-        self.norm1 = nn.InstanceNorm2d(channels)
-        self.norm2 = nn.InstanceNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return x + self.conv2(F.relu(self.conv1(x)))
 
 
 class Generator(nn.Module):
@@ -74,15 +72,12 @@ class Generator(nn.Module):
         super().__init__()
         channels = config.channels
         self.conv_in = nn.Conv2d(1, channels, 3, padding=1, padding_mode="reflect")
-        self.norm = nn.InstanceNorm2d(channels)
         self.blocks = nn.Sequential(*(ResidualBlock(channels) for _ in range(config.num_blocks)))
         self.conv_out = nn.Conv2d(channels, 1, 3, padding=1, padding_mode="reflect")
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images)
-        return torch.tanh(
-            self.conv_out(F.relu(self.blocks(F.relu(self.norm(self.conv_in(images))))))
-        )
+        return torch.tanh(self.conv_out(F.relu(self.blocks(F.relu(self.conv_in(images))))))
 
 
 class Discriminator(nn.Module):

@@ -201,7 +201,8 @@ class GAN(nn.Module):
         loss = self._low(-real_scores) + low
         if self.config.loss == "wgan-gp":
             share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
-            penalty = gradient_penalty(self.discriminator, torch.lerp(fake, real, share), condition)
+            between = torch.lerp(fake.to(real.dtype), real, share)
+            penalty = gradient_penalty(self.discriminator, between, condition)
             loss = loss + self.config.gradient_penalty * penalty
         return loss
 

@@ -79,6 +79,10 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("sums", codes * config.num_patches)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(latents.device.type, enabled=False):  # the averages need their digits
+            return self._quantize(latents.to(self.codes.dtype))
+
+    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         indices = torch.cdist(latents.flatten(0, 1), self.codes).argmin(dim=1)
         if self.training:
             self._follow(latents.detach(), indices)

@@ -77,7 +77,9 @@ def linear_cross_entropy(
 
     For "mean" and "sum", where a gradient is wanted, the forward pass makes it, and the backward
     pass only multiplies it by the loss's own gradient; "none" makes the logits again. Logits,
-    softmax and every sum are made in float32 (float64 for float64 inputs).
+    softmax and every sum are made in float32 (float64 for float64 inputs). Under torch.autocast
+    hidden, weight and bias are promoted to the wider dtype of the first two, as torch does for
+    operators of several tensors: what a linear layer made in bfloat16 meets a weight in float32.
 
     Raises:
         ValueError: a shape, a value or a device is wrong. TypeError: a dtype or a type is wrong.
@@ -87,6 +89,10 @@ def linear_cross_entropy(
         checks.check_tensor(name, tensor)
     if bias is not None:
         checks.check_tensor("bias", bias)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.promote_types(hidden.dtype, weight.dtype)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     problem, implementation = _resolve(
         backend,
         *(kind(tensor) for tensor in (hidden, weight, targets, bias)),

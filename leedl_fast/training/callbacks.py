@@ -48,15 +48,25 @@ class TrainResult:
 
 @contextlib.contextmanager
 def held_out(task: Task) -> Iterator[None]:
-    """To evaluate and to sample: no dropout, no gradients, random numbers apart from training's."""
+    """To evaluate and to sample: no dropout, no gradients, random numbers apart from training's.
+
+    Weights of another dtype are float32 meanwhile, as the held-out data are.
+    """
     devices = [task.device] if task.device.type == "cuda" else []
+    tensors = (*task.parameters(), *task.buffers())
+    kept = [tensor.data for tensor in tensors]
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(task.settings.seed)
         task.model.eval()
+        for tensor in tensors:
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
         try:
             yield
         finally:
             task.model.train()
+            for tensor, data in zip(tensors, kept, strict=True):
+                tensor.data = data
 
 
 class CheckpointFile(CheckpointIO):

@@ -199,7 +199,8 @@ class Task(lightning.LightningModule):
             lr=settings.learning_rate,
             betas=(0.9, 0.95),
             weight_decay=settings.weight_decay,
-            fused=True,
+            # Under autocast Lightning refuses to clip the gradients of fused optimizers.
+            fused=settings.precision != "bf16-mixed",
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, settings.learning_rate_factor)
         return {

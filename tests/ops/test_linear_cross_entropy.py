@@ -224,3 +224,22 @@ def test_bad_input_is_named(change: dict, error: type[Exception], message: str) 
     }
     with pytest.raises(error, match=message):
         linear_cross_entropy(**arguments)
+
+
+def test_autocast_promotes_to_the_wider_dtype() -> None:
+    """A bfloat16 hidden state, from a linear layer under autocast, and float32 parameters."""
+    hidden, weight, targets, bias = _problem(40, 24, 50)
+    hidden = hidden.detach().bfloat16().requires_grad_()
+    with pytest.raises(TypeError, match=r"weight must have the dtype of hidden, torch\.bfloat16"):
+        _results(hidden, weight, targets, bias)
+    expected = _results(hidden.detach().float().requires_grad_(), weight, targets, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        results = _results(hidden, weight, targets, bias)
+    assert [result.dtype for result in results] == [
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    ]
+    for result, wanted in zip(results, expected, strict=True):
+        assert torch.equal(result, wanted.to(result.dtype))

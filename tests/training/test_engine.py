@@ -14,7 +14,7 @@ from leedl_fast.training import checkpoint as checkpoint_module
 from leedl_fast.training.callbacks import Recorder
 from leedl_fast.training.checkpoint import KEY, read_checkpoint, write_checkpoint
 from leedl_fast.training.engine import checkpoint_run, load_task, resumed_run, train
-from leedl_fast.training.registry import configure
+from leedl_fast.training.registry import configure, task_class
 from leedl_fast.training.settings import Settings
 from leedl_fast.training.tasks.gpt import GPTSampleOptions
 
@@ -310,3 +310,35 @@ def test_ctrl_c_at_the_last_step_is_a_finished_run(tmp_path, monkeypatch):
     result = train(SMALL, output=tmp_path, quiet=True)
     assert not result.interrupted
     assert 12 in result.validation
+
+
+MIXED = ["gpt", "bert", "gan", "autoencoder", "vae", "vqvae"]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "bf16-mixed") for name in MIXED),
+        ("gpt", "bf16-true"),
+        ("vae", "bf16-true"),
+        ("gpt", "64-true"),
+        ("autoencoder", "64-true"),
+    ],
+)
+def test_other_precisions_follow_float32(name, precision):
+    """Every variant trains and is evaluated; the losses stay near those of float32."""
+    sizes = {"steps": 3, "batch_size": 4, "embed_dim": 16, "num_heads": 2, "num_layers": 1}
+    for variant in task_class(name).variants:
+        expected = train(configure(name, variant.name, **sizes), quiet=True)
+        result = train(configure(name, variant.name, **sizes, precision=precision), quiet=True)
+        assert result.losses == pytest.approx(expected.losses, rel=0.1), variant.name
+        wanted = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
+        dtypes = {parameter.dtype for parameter in result.task.model.parameters()}
+        assert dtypes == {wanted.get(precision, torch.float32)}
+        assert result.metrics.keys() == expected.metrics.keys()
+
+
+def test_a_gpt_learns_in_mixed_precision():
+    result = train(small(steps=50, learning_rate=8e-3, precision="bf16-mixed"), quiet=True)
+    assert result.losses[0] > 4
+    assert result.metrics["validation_loss"] < 3.2
