@@ -9,22 +9,31 @@ from torch import Tensor, nn
 from leedl_fast.models.bert import BERT, IGNORED, initialise
 
 
-class BERTForClassification(nn.Module):
+class FineTunedBERT(nn.Module):
+    """BERT and a linear layer on what it gives, `num_classes` logits for each vector."""
+
+    def __init__(self, bert: BERT, num_classes: int) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+        super().__init__()
+        self.bert = bert
+        self.head = nn.Linear(bert.config.embed_dim, num_classes)
+        initialise(self.head)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(x, self.bert.config.dropout, self.training))
+
+
+class BERTForClassification(FineTunedBERT):
     """A class for the whole input: a text (sentiment), or a pair of them told apart by `segments`
     (does the second follow from the first?). The head reads [CLS] through the pooler.
     """
-
-    def __init__(self, bert: BERT, num_classes: int) -> None:
-        super().__init__()
-        self.bert = bert
-        self.dropout = nn.Dropout(bert.config.dropout)
-        self.head = _head(bert, num_classes)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """Logits (batch, num_classes)."""
-        return self.head(self.dropout(self.bert.pooled(self.bert(tokens, segments, lengths))))
+        return self._logits(self.bert.pooled(self.bert(tokens, segments, lengths)))
 
     def loss(
         self,
@@ -37,20 +46,14 @@ class BERTForClassification(nn.Module):
         return F.cross_entropy(self(tokens, segments, lengths), targets)
 
 
-class BERTForTagging(nn.Module):
+class BERTForTagging(FineTunedBERT):
     """A class for every token (part of speech)."""
-
-    def __init__(self, bert: BERT, num_classes: int) -> None:
-        super().__init__()
-        self.bert = bert
-        self.dropout = nn.Dropout(bert.config.dropout)
-        self.head = _head(bert, num_classes)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """Logits (batch, seqlen, num_classes)."""
-        return self.head(self.dropout(self.bert(tokens, segments, lengths)))
+        return self._logits(self.bert(tokens, segments, lengths))
 
     def loss(
         self,
@@ -64,15 +67,13 @@ class BERTForTagging(nn.Module):
         return F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED)
 
 
-class BERTForSpan(nn.Module):
+class BERTForSpan(FineTunedBERT):
     """Where the answer to a question stands: the products of every token with a vector for the
     first token of an answer, and with one for the last.
     """
 
     def __init__(self, bert: BERT) -> None:
-        super().__init__()
-        self.bert = bert
-        self.head = _head(bert, 2)
+        super().__init__(bert, num_classes=2)
 
     def forward(
         self, tokens: Tensor, segments: Tensor | None = None, lengths: Tensor | None = None
@@ -119,11 +120,3 @@ class BERTForSpan(nn.Module):
         scores = (first[:, :, None] + last[:, None]).masked_fill(~allowed, -torch.inf)
         best = scores.flatten(1).argmax(dim=1)
         return torch.stack((best // seqlen, best % seqlen), dim=1)
-
-
-def _head(bert: BERT, num_outputs: int) -> nn.Linear:
-    if num_outputs < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_outputs}")
-    head = nn.Linear(bert.config.embed_dim, num_outputs)
-    initialise(head)
-    return head

@@ -83,10 +83,12 @@ def test_a_prompt_needs_a_model_that_reads(tmp_path):
         list(task.sample(task.SampleOptions(prompt="a 7"), tmp_path))
 
 
-def test_a_cyclegan_translates(few_negatives):
+@pytest.mark.parametrize("variant", ["", "one discriminator"])
+def test_a_cyclegan_translates(few_negatives, variant):
     """8 x 8 digits to their negatives."""
     metrics = run(
         "cyclegan",
+        variant,
         steps=250,
         learning_rate=2e-3,
         patch_size=4,

@@ -1,4 +1,4 @@
-"""BERT on the characters of a text: blanks to fill, and which half of a passage comes first."""
+"""BERT on the characters of a text: blanks to fill, and how a pair's halves belong together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,15 +34,31 @@ def sentence_begins(text: str) -> list[int]:
     return [0, *(match.end() for match in _SENTENCE_END.finditer(text))]
 
 
+SentenceTask = Literal["order", "next"]
+
+
 @dataclass(frozen=True)
 class BERTSettings(Settings):
-    """mask_share: how many of the characters are chosen to be filled in."""
+    """mask_share: how many of the characters are chosen to be filled in.
+
+    sentence_task: what the pair's class says. "order" (ALBERT): whether the two halves of a passage
+    are swapped; "next" (BERT): whether the second half is that of another passage.
+    """
 
     steps: int = 900
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     mask_share: float = 0.15
+    sentence_task: SentenceTask = "order"
     validate_every: int = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sentence_task not in get_args(SentenceTask):
+            raise ValueError(
+                f"sentence_task must be one of {', '.join(get_args(SentenceTask))}, "
+                f"got {self.sentence_task!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,13 +71,19 @@ class BERTSampleOptions(SampleOptions):
 
 class BERTTask(Task):
     """A passage begins with a sentence and is cut in the middle, wherever that is; half of the
-    passages have their halves swapped. So order is learnt first from how sentences begin: halves of
-    passages cut anywhere, where only the seam tells, are not learnt in such a short training.
+    passages are changed as settings.sentence_task says.
+
+    So order is learnt first from how sentences begin: halves of passages cut anywhere, where only
+    the seam tells, are not learnt in such a short training. Where a second half comes from another
+    passage, nothing but its content tells: both kinds begin in the middle of a sentence.
     """
 
     name = "bert"
     title = "BERT"
-    shows = "encoder only; masking 80/10/10, sentence order; heads for fine-tuning"
+    shows = (
+        "encoder only; masking 80/10/10, sentence order, next-sentence prediction; heads for "
+        "fine-tuning"
+    )
     Settings = BERTSettings
     ModelConfig = BERTConfig
     SampleOptions = BERTSampleOptions
@@ -77,6 +99,7 @@ class BERTTask(Task):
         Variant(
             goals=(Goal("masked_accuracy", 0.45), Goal("order_accuracy", 0.85)),
         ),
+        Variant("next sentence", {"sentence_task": "next"}, (Goal("masked_accuracy", 0.45),)),
     )
 
     model: BERTForPretraining
@@ -124,8 +147,14 @@ class BERTTask(Task):
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
         chosen = torch.randint(len(self.train_begins), (settings.batch_size,), generator=generator)
         passages = self._passages(self.train_begins[chosen])
-        swapped = torch.rand(len(passages), generator=generator) < 0.5
-        tokens, segments = self._pairs(passages, swapped)
+        changed = torch.rand(len(passages), generator=generator) < 0.5
+        others = passages
+        if settings.sentence_task == "next":
+            drawn = torch.randint(
+                len(self.train_begins), (settings.batch_size,), generator=generator
+            )
+            others = self._passages(self.train_begins[drawn])
+        tokens, segments = self._framed(*self._halves(passages, others, changed))
         tokens, targets = mask_tokens(
             tokens,
             mask_token=self.mask_token,
@@ -134,14 +163,14 @@ class BERTTask(Task):
             share=settings.mask_share,
             generator=generator,
         )
-        return tokens, targets, swapped.long(), segments
+        return tokens, targets, changed.long(), segments
 
     def loss(self, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        masked_loss, order_loss = self.model.losses(*batch)
+        masked_loss, pair_loss = self.model.losses(*batch)
         return {
-            "loss": masked_loss + order_loss,
+            "loss": masked_loss + pair_loss,
             "masked_loss": masked_loss,
-            "order_loss": order_loss,
+            f"{self.settings.sentence_task}_loss": pair_loss,
         }
 
     def outputs(self, batch: tuple[Tensor, ...]) -> Tensor:
@@ -152,44 +181,53 @@ class BERTTask(Task):
         return self._evaluate(NUM_VALIDATION_PASSAGES)
 
     def evaluate(self) -> dict[str, float]:
-        """masked_accuracy: of characters, all of them behind [MASK]; order_accuracy: of passages,
-        each in both orders.
+        """masked_accuracy: of characters, all of them behind [MASK]; order_accuracy or
+        next_accuracy: of passages, each as it is and changed.
         """
         return self._evaluate(NUM_EVALUATION_PASSAGES)
 
     def _evaluate(self, limit: int) -> dict[str, float]:
         step = max(1, len(self.held_out_begins) // limit)
         passages = self._passages(self.held_out_begins[::step][:limit])
+        others = passages.roll(len(passages) // 2, dims=0)  # far away in the text
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        filled = blanks = ordered = 0
-        for group in passages.split(EVALUATION_BATCH_SIZE):
-            for swap in (False, True):
-                swapped = torch.full((len(group),), swap)
-                tokens, segments = (x.to(self.device) for x in self._pairs(group, swapped))
+        filled = blanks = right = 0
+        for group, other in zip(
+            passages.split(EVALUATION_BATCH_SIZE), others.split(EVALUATION_BATCH_SIZE), strict=True
+        ):
+            for change in (False, True):
+                halves = self._halves(group, other, torch.full((len(group),), change))
+                tokens, segments = (x.to(self.device) for x in self._framed(*halves))
                 chosen = torch.rand(tokens.shape, generator=generator) < self.settings.mask_share
                 chosen = chosen.to(self.device) & (tokens < len(self.vocabulary))
                 logits = self.inference_model(tokens.masked_fill(chosen, self.mask_token), segments)
                 filled += int((logits.argmax(dim=-1) == tokens)[chosen].sum())
                 blanks += int(chosen.sum())
-                orders = self.inference_model.pair_logits(tokens, segments).argmax(dim=-1)
-                ordered += int((orders == int(swap)).sum())
+                classes = self.inference_model.pair_logits(tokens, segments).argmax(dim=-1)
+                right += int((classes == int(change)).sum())
         return {
             "masked_accuracy": filled / max(1, blanks),
-            "order_accuracy": ordered / (2 * len(passages)),
+            f"{self.settings.sentence_task}_accuracy": right / (2 * len(passages)),
         }
 
     def _passages(self, begins: Tensor) -> Tensor:
         return self.tokens[begins[:, None] + torch.arange(2 * self.half_length)]
 
-    def _pairs(self, passages: Tensor, swapped: Tensor) -> tuple[Tensor, Tensor]:
-        """[CLS] half [SEP] half [SEP] of passages (batch, seqlen), and its segments."""
-        first, second = passages.tensor_split(2, dim=1)
-        swap = swapped[:, None]
-        if first.shape == second.shape:
-            first, second = torch.where(swap, second, first), torch.where(swap, first, second)
+    def _halves(self, passages: Tensor, others: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second half of passages (batch, seqlen), those `changed` (bool) swapped or
+        with the second half of `others`.
+        """
+        first, second = passages.chunk(2, dim=1)
+        change = changed[:, None]
+        if self.settings.sentence_task == "next":
+            return first, torch.where(change, others.chunk(2, dim=1)[1], second)
+        return torch.where(change, second, first), torch.where(change, first, second)
+
+    def _framed(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        """[CLS] first [SEP] second [SEP], and its segments."""
 
         def special(token: int) -> Tensor:
-            return torch.full((len(passages), 1), token, device=passages.device)
+            return torch.full((len(first), 1), token, device=first.device)
 
         sep = special(self.sep_token)
         begin = torch.cat((special(self.cls_token), first, sep), dim=1)
@@ -212,7 +250,7 @@ class BERTTask(Task):
             raise ValueError(
                 f"prompt must have 2 to {2 * self.half_length} characters, got {len(tokens)}"
             )
-        pairs, segments = self._pairs(tokens[None], torch.tensor([False]))
+        pairs, segments = self._framed(*tokens[None].tensor_split(2, dim=1))
         logits = self.inference_model(pairs.to(self.device), segments.to(self.device))[0].cpu()
         probabilities = logits[:, : len(self.vocabulary)].softmax(dim=-1)
         is_blank = pairs[0] == self.mask_token
