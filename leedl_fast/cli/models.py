@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import shlex
 import statistics
 import sys
@@ -157,6 +158,8 @@ def train(
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     metrics = ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
+    if result.rank > 0:
+        return
     typer.echo(
         f"{result.steps_done} steps: loss {result.losses[-1]:.4f}, {metrics}, "
         f"median {statistics.median(result.step_times):.3f} s per step\n"
@@ -256,4 +259,7 @@ def _new_folder(parent: Path, name: str) -> Path:
     number = 1
     while (parent / f"{name}-{number}").exists():
         number += 1
+    if os.environ.get("LOCAL_RANK", "0") != "0" and number > 1:
+        # Lightning runs the command again for each further device: the first has made the folder.
+        number -= 1
     return parent / f"{name}-{number}"

@@ -40,6 +40,7 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)  # of the finished run
     checkpoint: Path | None = None
     interrupted: bool = False
+    rank: int = 0  # of this process among those of several devices
 
     @property
     def steps_done(self) -> int:
@@ -162,7 +163,7 @@ class Recorder(Callback):
         result.validation[step] = metrics
         if task.logger:
             task.logger.log_metrics(metrics, step - 1)
-        if self.report:
+        if self.report and result.rank == 0:
             values = "".join(f"{name} {value:.3f}, " for name, value in metrics.items())
             print(
                 f"step {step}/{self.run.settings.steps}: loss {result.losses[-1]:.3f}, {values}"
@@ -189,7 +190,8 @@ class ProgressBar(Callback):
     def on_train_start(self, trainer: Any, task: Any) -> None:
         total, done = task.settings.steps, self.result.first_step
         self.line = self.bar.add_task("", total=total, completed=done)
-        self.bar.start()
+        if trainer.is_global_zero:
+            self.bar.start()
 
     def on_train_batch_end(
         self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int

@@ -146,6 +146,7 @@ def train(
             enable_model_summary=False,
             enable_progress_bar=False,
         )
+        result.rank = trainer.global_rank
         with _stop_on_interrupt(recorder):
             trainer.fit(task, Batches(task, first_step), ckpt_path=resume)
         if not result.interrupted:
