@@ -1,5 +1,6 @@
 """The command line as a user meets it; what concerns a whole process runs in one of its own."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from typer.testing import CliRunner
 
 import leedl_fast
 from leedl_fast.cli import app
+from leedl_fast.training import checkpoint as checkpoint_module
+from leedl_fast.training.checkpoint import KEY, read_checkpoint
 
 ROOT = Path(leedl_fast.__file__).parent.parent  # for processes that begin in other folders
 
@@ -167,3 +170,20 @@ def test_a_killed_run_leaves_a_whole_checkpoint(tmp_path):
     process.communicate()
     result = run("sample", "gpt", "--checkpoint", tmp_path / "last.ckpt", *changes("tokens=3"))
     assert result.exit_code == 0, result.stderr
+
+
+def test_a_full_disk_ends_training_with_the_last_whole_checkpoint(tmp_path, monkeypatch):
+    """The disk is full at the second checkpoint of three."""
+    writes = []
+
+    def fsync(descriptor):
+        writes.append(descriptor)
+        if len(writes) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint_module.os, "fsync", fsync)
+    path = tmp_path / "last.ckpt"
+    result = run("train", "gpt", *TINY, "--output", tmp_path, "--quiet")
+    assert_refused(result, f"No space left on device: '{path}'")
+    assert read_checkpoint(path, "gpt")[KEY]["step"] == 2
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["last.ckpt", "log"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import os
 import shlex
 import statistics
 import sys
@@ -256,10 +255,12 @@ def compare(
 
 
 def _new_folder(parent: Path, name: str) -> Path:
+    from lightning.pytorch.utilities import rank_zero_only
+
     number = 1
     while (parent / f"{name}-{number}").exists():
         number += 1
-    if os.environ.get("LOCAL_RANK", "0") != "0" and number > 1:
+    if rank_zero_only.rank > 0 and number > 1:  # type: ignore[attr-defined]
         # Lightning runs the command again for each further device: the first has made the folder.
         number -= 1
     return parent / f"{name}-{number}"

@@ -14,7 +14,11 @@ FORMAT = 2
 
 
 def write_file(content: bytes | memoryview, path: str | Path) -> None:
-    """Under a temporary name first: killed at any time, `path` is the old file or the new one."""
+    """Under a temporary name first: killed at any time, `path` is the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written, with `path` in its text; the old file is as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -23,6 +27,8 @@ def write_file(content: bytes | memoryview, path: str | Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
