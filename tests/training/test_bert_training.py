@@ -65,6 +65,33 @@ def test_half_of_the_pairs_are_swapped(text):
     assert swapped.float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
+def test_half_of_the_second_halves_are_of_other_passages(text):
+    options = TINY | {"batch_size": 400, "max_length": 43, "sentence_task": "next"}
+    task = make_task(configure("bert", data=text, **options))
+    inputs, targets, other, _ = task.batch(0)
+    tokens = torch.where(targets != IGNORED, targets, inputs)
+    for row, is_other in zip(tokens.tolist(), other.tolist(), strict=True):
+        first, second = (task.vocabulary.decode(row[begin : begin + 20]) for begin in (1, 22))
+        assert first[0].isupper()
+        assert first in task.data.text
+        assert second in task.data.text
+        follows = first + second in task.data.text
+        # Another passage may be the same one, or begin at the same letter: one in 26.
+        assert follows or is_other
+    assert other.float().mean().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_it_learns_which_half_is_next(text):
+    run = configure(
+        "bert", "next sentence", data=text, steps=300, mask_share=0.3, warmup_steps=20, **TINY
+    )
+    result = train(run, quiet=True)
+    assert result.metrics["next_accuracy"] > 0.8
+    assert result.metrics["masked_accuracy"] > 0.5
+    with pytest.raises(ValueError, match="sentence_task must be one of order, next, got 'last'"):
+        configure("bert", sentence_task="last")
+
+
 def test_sentences_begin_after_others_and_after_empty_lines():
     text = "One 1.5. Two?  (Three:) a\n b\n\n   four 。五。六"
     wanted = ["One", "Two", "(Thr", "a", "four", "五", "六"]
