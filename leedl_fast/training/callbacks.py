@@ -132,7 +132,7 @@ class Recorder(Callback):
         self, trainer: Any, task: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         result, settings = self.result, self.run.settings
-        values = {name: float(value) for name, value in outputs.items()}
+        values = {name: value.detach().item() for name, value in outputs.items()}
         result.step_times.append(time.perf_counter() - self._start)
         result.losses.append(values["loss"])
         step = result.steps_done
