@@ -54,9 +54,9 @@ def _instruction_set(backend: str) -> str | None:
     """What the compiled CPU module was built for."""
     if backend != "cpu":
         return None
-    from leedl_fast.backends import cpu
+    from leedl_fast.backends import cpu_modules
 
-    return cpu.isa()
+    return cpu_modules.isa()
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 import leedl_fast
 from leedl_fast import backends, config
-from leedl_fast.backends import cpu, triton
+from leedl_fast.backends import cpu_modules, triton
 
 
 def processor() -> str:
@@ -39,7 +39,7 @@ def report(console: Console | None = None) -> bool:
         for name, state in _states(backend):
             table.add_row(name, state, ", ".join(backends.table(backend)))
     console.print(table)
-    return bool(cpu.modules())
+    return bool(cpu_modules.modules())
 
 
 def _states(backend: str) -> list[tuple[str, str]]:
@@ -56,10 +56,10 @@ def _states(backend: str) -> list[tuple[str, str]]:
             (backend, "[green]runs[/]: plain PyTorch, on any device, for what nothing else takes")
         ]
     rows = []
-    for isa in cpu.ISAS:
-        if isa in cpu.modules():
-            state = "[green]runs, in use[/]" if isa == cpu.isa() else "[green]runs[/]"
+    for isa in cpu_modules.ISAS:
+        if isa in cpu_modules.modules():
+            state = "[green]runs, in use[/]" if isa == cpu_modules.isa() else "[green]runs[/]"
         else:
-            state = f"[yellow]does not run[/]: {cpu.reasons()[isa]}"
+            state = f"[yellow]does not run[/]: {cpu_modules.reasons()[isa]}"
         rows.append((f"cpu ({isa})", state))
     return rows

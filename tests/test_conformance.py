@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 from leedl_fast.testing.compare import (
     allowed_error,
     max_error,
@@ -34,17 +34,17 @@ def _allowed(case: Case, dtype: torch.dtype) -> dict[str, float]:
 
 def test_every_instruction_set_was_built() -> None:
     """Whatever this processor cannot run is missing for that reason alone."""
-    assert "baseline" in cpu.modules(), cpu.reasons()
-    for reason in cpu.reasons().values():
+    assert "baseline" in cpu_modules.modules(), cpu_modules.reasons()
+    for reason in cpu_modules.reasons().values():
         assert reason.startswith("this processor has no"), reason
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("isa", cpu.modules())
+@pytest.mark.parametrize("isa", cpu_modules.modules())
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_conformance(case: Case, isa: str, dtype: torch.dtype) -> None:
     expected, allowed = _expected(case, dtype), _allowed(case, dtype)
-    with cpu.use_isa(isa), poisoned_outputs() as ran:
+    with cpu_modules.use_isa(isa), poisoned_outputs() as ran:
         actual = outputs_and_gradients(case, dtype, "cpu")
     assert ran
     errors = {name: max_error(actual[name], expected[name]) for name in expected}

@@ -1,99 +1,18 @@
-"""The CPU backend: the compiled modules of csrc/cpu, one per instruction set, and one table row per
-op.
-"""
+"""The CPU backend: calls of the compiled modules, and one table row per op."""
 
-import importlib
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from leedl_fast import config
 from leedl_fast.backends import Implementation
+from leedl_fast.backends.cpu_modules import isa, kernel, reasons
 
-ISAS = ("avx512", "avx2", "baseline")  # the best first
 MAX_HEAD_DIM = 256
 
 # As csrc/cpu/dtypes.h has them: the kernels' first argument.
 DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-@cache
-def modules() -> dict[str, ModuleType]:
-    """The compiled modules that this processor runs, by instruction set, the best first."""
-    return {isa: module for isa in ISAS if not isinstance(module := _load(isa), str)}
-
-
-@cache
-def reasons() -> dict[str, str]:
-    """Why each of the other instruction sets cannot be used here."""
-    return {isa: reason for isa in ISAS if isinstance(reason := _load(isa), str)}
-
-
-@cache
-def _load(isa: str) -> ModuleType | str:
-    """The module for `isa`, or the reason why it cannot run here."""
-    name = f"_cpu_{isa}"
-    try:
-        module = importlib.import_module(f"leedl_fast.{name}")
-    except ModuleNotFoundError:
-        report = Path(__file__).parent.parent / "_build.json"
-        missing = json.loads(report.read_text())["missing"] if report.exists() else {}
-        return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
-    except ImportError as error:
-        return f"{name} cannot be loaded: {error}"
-    return module if module.processor_can_run() else f"this processor has no {isa.upper()}"
-
-
-_forced_isa: str | None = None
-
-
-@torch.compiler.assume_constant_result  # a compiled graph calls the kernels by name, not by this
-def isa() -> str | None:
-    """The instruction set in use, or None when there is no compiled module at all."""
-    return _forced_isa or _default_isa()
-
-
-@cache
-def _default_isa() -> str | None:
-    if config.CPU_ISA is None:
-        return next(iter(modules()), None)
-    _check_isa("LEEDL_FAST_CPU", config.CPU_ISA)
-    return config.CPU_ISA
-
-
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
-    """Run the kernels of one instruction set, in the whole process: for tests and comparisons."""
-    global _forced_isa
-    _check_isa("isa", isa)
-    before, _forced_isa = _forced_isa, isa
-    try:
-        yield
-    finally:
-        _forced_isa = before
-
-
-def _check_isa(name: str, isa: str) -> None:
-    if isa not in ISAS:
-        raise ValueError(f"{name} must be one of {ISAS}, got {isa!r}")
-    if isa not in modules():
-        raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
-
-
-def _kernel(name: str) -> Callable[..., None]:
-    return _entry_point(_forced_isa, name)
-
-
-@cache
-def _entry_point(forced: str | None, name: str) -> Callable[..., None]:
-    return getattr(modules()[forced or _default_isa() or ""], name)
 
 
 def _unsupported(problem: Any) -> str | None:
@@ -163,7 +82,7 @@ def _attention_forward(
     alibi_slopes: Tensor | None,
     *others: Tensor | None,  # key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ) -> None:
-    _kernel("attention_forward")(
+    kernel("attention_forward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (out, lse, row_max, row_sum, q, k, v)),
         tuple(map(_pointer, (bias, sinks, alibi_slopes, *others))),
@@ -198,7 +117,7 @@ def _attention_backward(
 ) -> None:
     others = (key_lengths, cu_seqlens_q, cu_seqlens_k, seed)
     wanted_dbias = dbias if problem.wants_dbias else None
-    _kernel("attention_backward")(
+    kernel("attention_backward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dq, dk, dv, wanted_dbias, dsinks, dout, dlse, q, k, v)),
         *map(_pointer, (out, row_max, row_sum)),
@@ -221,7 +140,7 @@ def _additive_attention_forward(
     score_weight: Tensor,
     key_lengths: Tensor | None,
 ) -> None:
-    _kernel("additive_attention_forward")(
+    kernel("additive_attention_forward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (out, row_max, row_sum, q, k, v, score_weight, key_lengths)),
         problem[:7],
@@ -248,7 +167,7 @@ def _additive_attention_backward(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> None:
-    _kernel("additive_attention_backward")(
+    kernel("additive_attention_backward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dq, dk, dv, dscore_weight, dout, q, k, v, score_weight, key_lengths)),
         *map(_pointer, (out, row_max, row_sum)),
@@ -278,7 +197,7 @@ def _add_layer_norm_forward(
         residual, residual_row_stride = _rows(residual, rows, n)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
-    _entry_point(_forced_isa, "add_layer_norm_forward")(
+    kernel("add_layer_norm_forward")(
         DTYPE_NUMBERS[dtype],
         DTYPE_NUMBERS[residual_dtype],
         DTYPE_NUMBERS[parameter_dtype],
@@ -321,7 +240,7 @@ def _add_layer_norm_backward(
     weight = weight if weight is None else weight.contiguous()
     dweight_or_none = dweight if weight is not None else None
     dbias_or_none = dbias if bias is not None else None
-    _kernel("add_layer_norm_backward")(
+    kernel("add_layer_norm_backward")(
         *(DTYPE_NUMBERS[dtype] for dtype in problem[2:5]),
         *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
         _pointer(weight),
@@ -336,7 +255,7 @@ def _add_layer_norm_backward(
 def _add_layer_norm_dropout_backward(
     problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor
 ) -> None:
-    _kernel("add_layer_norm_dropout_backward")(
+    kernel("add_layer_norm_dropout_backward")(
         DTYPE_NUMBERS[problem.dtype],
         DTYPE_NUMBERS[problem.residual_dtype],
         *map(_pointer, (dx, dresidual, seed)),
@@ -348,7 +267,7 @@ def _add_layer_norm_dropout_backward(
 
 
 def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
-    _kernel("randn")(
+    kernel("randn")(
         DTYPE_NUMBERS[problem.dtype],
         out.data_ptr(),
         seeds.data_ptr(),
@@ -367,7 +286,7 @@ def _add_noise(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("add_noise")(
+    kernel("add_noise")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (noisy, sample, noise, coefficients, seeds)),
         problem.batch,
@@ -385,7 +304,7 @@ def _loss_forward(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("noise_prediction_loss_forward")(
+    kernel("noise_prediction_loss_forward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (sums, model_output, sample, noise, coefficients, seeds)),
         problem.batch,
@@ -404,7 +323,7 @@ def _loss_backward(
     dsums: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    _kernel("noise_prediction_loss_backward")(
+    kernel("noise_prediction_loss_backward")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dmodel_output, model_output, sample, noise, coefficients, dsums, seeds)),
         problem.batch,
@@ -424,7 +343,7 @@ def _step(
     seeds: Tensor | None,
     streams: Tensor | None,
 ) -> None:
-    _kernel("step")(
+    kernel("step")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (prev_sample, model_output, unconditional_output, sample, noise)),
         coefficients.data_ptr(),
@@ -456,7 +375,7 @@ def _linear_cross_entropy_backward(problem: Any, *tensors: Tensor | None) -> Non
 def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
     """tensors: loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets."""
     loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets = tensors
-    _kernel("linear_cross_entropy")(
+    kernel("linear_cross_entropy")(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (loss, dhidden, dweight, dbias if problem.has_bias else None, dloss)),
         *map(_pointer, (hidden, weight, bias, targets)),

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from leedl_fast import add_layer_norm
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 from leedl_fast.reference.philox import add_layer_norm_dropout_mask
 from leedl_fast.testing.compare import poisoned_outputs
 
-ISA = pytest.mark.parametrize("isa", cpu.modules())
+ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 
 
 def _gradients(x: torch.Tensor, weight: torch.Tensor, **options: object) -> list[torch.Tensor]:
@@ -24,7 +24,7 @@ def _gradients(x: torch.Tensor, weight: torch.Tensor, **options: object) -> list
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_threads_and_runs_change_no_bit(isa: str, shape: tuple[int, int], dropout_p: float) -> None:
     x, weight = torch.randn(shape), torch.randn(shape[-1])
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -37,7 +37,7 @@ def test_threads_and_runs_change_no_bit(isa: str, shape: tuple[int, int], dropou
 @ISA
 def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
     x, weight = torch.randn(700, 130), torch.randn(130)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         whole = add_layer_norm(x, x, weight, backend="cpu")[0]
         for row in (0, 1, 350, 699):
             single = add_layer_norm(x[row : row + 1], x[row : row + 1], weight, backend="cpu")[0]
@@ -52,7 +52,7 @@ def test_outputs_too_large_for_the_caches_are_the_same(
 ) -> None:
     x = torch.randn(16387, 1024, dtype=dtype)
     options = {"dropout_p": dropout_p, "seed": 3, "backend": "cpu"}
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         whole = add_layer_norm(x, x, **options)
         half = add_layer_norm(x[:5001], x[:5001], **options)
     for first, second in zip(whole, half, strict=True):
@@ -67,7 +67,7 @@ def test_two_byte_numbers_are_read_exactly_and_rounded_to_nearest_even(
 ) -> None:
     """Every number that there is (infinities and NaNs too), and ties among their sums."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(2, 128, 256)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         for shift in (0, 1, 2, 77, 128, 129, 255):
             other = every.roll(shift, dims=1).flip(2)
             summed = add_layer_norm(every, other, backend="cpu")[1]
@@ -82,7 +82,7 @@ def test_two_byte_numbers_are_read_exactly_and_rounded_to_nearest_even(
 def test_a_large_mean_does_not_drown_the_variance(isa: str) -> None:
     """One pass with sums of squares in float32 would see no variance here."""
     x = torch.randn(4, 512) + 3000
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         normed, summed = add_layer_norm(x, torch.zeros_like(x), backend="cpu")
     expected = torch.nn.functional.layer_norm(summed.double(), (512,)).float()
     torch.testing.assert_close(normed, expected, rtol=0, atol=1e-3)
@@ -94,7 +94,7 @@ def test_dropout_drops_what_the_mask_says(isa: str, n: int) -> None:
     x = torch.randn(37, n).abs() + 1
     seed = torch.tensor([2**50 + 12345])
     keep = add_layer_norm_dropout_mask(seed, 37, n, 0.25)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         _, summed = add_layer_norm(
             x, torch.zeros_like(x), dropout_p=0.25, seed=2**50 + 12345, backend="cpu"
         )
@@ -131,7 +131,7 @@ def test_a_float32_residual_loses_nothing(isa: str, dtype: torch.dtype) -> None:
     x = torch.full((5, 24), 2.0**-12, dtype=dtype)
     residual = torch.randn(5, 24)
     weight = torch.randn(24, requires_grad=True)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         normed, summed = add_layer_norm(x, residual, weight, backend="cpu")
     assert torch.equal(summed, residual + 2.0**-12)
     assert (normed.dtype, summed.dtype) == (dtype, torch.float32)
@@ -144,7 +144,7 @@ def test_a_float32_residual_loses_nothing(isa: str, dtype: torch.dtype) -> None:
 def test_outputs_that_the_caller_allocated(isa: str, dropout_p: float) -> None:
     x, residual = torch.randn(40, 33).bfloat16(), torch.randn(40, 33)
     out = torch.full_like(x, torch.nan), torch.full_like(residual, torch.nan)
-    with cpu.use_isa(isa), poisoned_outputs() as ran:
+    with cpu_modules.use_isa(isa), poisoned_outputs() as ran:
         results = add_layer_norm(x, residual, dropout_p=dropout_p, seed=1, out=out, backend="cpu")
         assert ran == []  # nothing was allocated
         expected = add_layer_norm(x, residual, dropout_p=dropout_p, seed=1, backend="cpu")

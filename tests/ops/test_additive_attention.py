@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from leedl_fast import additive_attention
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 
-ISA = pytest.mark.parametrize("isa", cpu.modules())
+ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 DTYPE = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
 )
@@ -43,7 +43,7 @@ def _all(tensors: list[Tensor], **options: object) -> list[Tensor]:
 )
 def test_threads_and_runs_change_no_bit(isa: str, dtype: torch.dtype, options: dict) -> None:
     tensors = _inputs(2, 4, 250, 300, 8, dtype=dtype)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -56,7 +56,7 @@ def test_threads_and_runs_change_no_bit(isa: str, dtype: torch.dtype, options: d
 @ISA
 def test_a_sample_does_not_depend_on_its_batch(isa: str) -> None:
     tensors = _inputs(3, 4, 130, 150, 12)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         out, dq, dk, dv, _ = _all(tensors, window=(70, 20))
         gradient = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).float()
         for b in range(3):
@@ -71,7 +71,7 @@ def test_a_sample_does_not_depend_on_its_batch(isa: str) -> None:
 @ISA
 def test_a_window_as_wide_as_the_sequence_is_none(isa: str) -> None:
     tensors = _inputs(1, 2, 130, 130, 20)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         for windowed, full in zip(_all(tensors, window=130), _all(tensors), strict=True):
             assert torch.equal(windowed, full)
 
@@ -81,7 +81,7 @@ def test_what_goes_from_queries_to_keys_changes_nothing(isa: str) -> None:
     """Only q + k enters the scores."""
     q, k, v, score_weight = _inputs(1, 2, 90, 90, 16, dtype=torch.float64)
     c = torch.randn(16, dtype=torch.float64)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         out = _all([q, k, v, score_weight], window=20)
         shifted = _all([q + c, k - c, v, score_weight], window=20)
     for got, wanted in zip(shifted, out, strict=True):
@@ -92,7 +92,7 @@ def test_what_goes_from_queries_to_keys_changes_nothing(isa: str) -> None:
 def test_products_and_direct_terms_agree(isa: str) -> None:
     """One number beyond the range of the products makes its strip and block use q + k itself."""
     tensors = _inputs(1, 2, 140, 140, 16, dtype=torch.float64)
-    with cpu.use_isa(isa), torch.no_grad():
+    with cpu_modules.use_isa(isa), torch.no_grad():
         for tensor in tensors[:2]:
             tensor[:, :, 100:, 15] = 25.0
         tensors[3][:, 15] = 0.0
@@ -106,7 +106,7 @@ def test_products_and_direct_terms_agree(isa: str) -> None:
 def test_infinite_and_saturated_inputs_give_their_limits(isa: str) -> None:
     q, k, v, score_weight = (x.detach() for x in _inputs(1, 2, 5, 7, 3))
     q[..., 0], q[..., 1], k[..., 2] = torch.inf, -1e30, 3e38
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         actual = additive_attention(q, k, v, score_weight, backend="cpu")
     torch.testing.assert_close(actual, v.mean(2, keepdim=True).expand_as(actual))
 
@@ -115,7 +115,7 @@ def test_infinite_and_saturated_inputs_give_their_limits(isa: str) -> None:
 def test_keys_that_are_not_visible_may_hold_anything(isa: str) -> None:
     q, k, v, score_weight = _inputs(1, 2, 200, 200, 16)
     lengths = torch.tensor([117])
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         expected = _all([q, k, v, score_weight], window=50, key_lengths=lengths)
         poisoned_k, poisoned_v = k.detach().clone(), v.detach().clone()
         poisoned_k[:, :, 117:] = torch.nan
@@ -129,7 +129,7 @@ def test_keys_that_are_not_visible_may_hold_anything(isa: str) -> None:
 @ISA
 def test_rows_that_see_nothing_are_zero(isa: str) -> None:
     tensors = _inputs(1, 2, 60, 20, 16)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         out, dq, *others = _all(tensors, causal=True)  # the first 40 queries see no key
     assert torch.equal(out[:, :, :40], torch.zeros(1, 2, 40, 16))
     assert torch.equal(dq[:, :, :40], torch.zeros(1, 2, 40, 16))

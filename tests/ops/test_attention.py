@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from leedl_fast import attention
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 from leedl_fast.reference.attention import visible_keys
 from leedl_fast.testing.compare import max_error
 
-ISA = pytest.mark.parametrize("isa", cpu.modules())
+ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 
 
 def _qkv(*sizes: int, heads_k: int = 2, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -47,7 +47,7 @@ def test_threads_and_runs_change_no_bit(isa: str, options: dict) -> None:
     if "key_lengths" in options:
         options["key_lengths"] = torch.tensor(options["key_lengths"])
     tensors = _qkv(2, 4, 650, 700, 32)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -58,7 +58,7 @@ def test_threads_and_runs_change_no_bit(isa: str, options: dict) -> None:
 
 
 def _same_bits_for_any_threads(isa: str, run: Callable[[], list[Tensor]]) -> None:
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -104,7 +104,7 @@ def test_decoding_does_not_depend_on_threads_or_batch(isa: str, dtype: torch.dty
         return list(attention(q, k, v, key_lengths=lengths, return_lse=True, backend="cpu"))
 
     _same_bits_for_any_threads(isa, run)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         whole = run()[0]
         first = attention(q[:1], k[:1], v[:1], key_lengths=torch.tensor([5000]), backend="cpu")
         expected = attention(q.double(), k.double(), v.double(), backend="eager")
@@ -115,7 +115,7 @@ def test_decoding_does_not_depend_on_threads_or_batch(isa: str, dtype: torch.dty
 @ISA
 def test_a_sequence_does_not_depend_on_its_pack(isa: str) -> None:
     q, k, v = (x.detach() for x in _qkv(1, 4, 700, 700, 32))
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         packed = attention(
             q, k, v, causal=True, cu_seqlens_q=torch.tensor([0, 20, 620, 700]), backend="cpu"
         )
@@ -127,7 +127,7 @@ def test_a_sequence_does_not_depend_on_its_pack(isa: str) -> None:
 @ISA
 def test_a_sample_does_not_depend_on_its_batch(isa: str) -> None:
     tensors = _qkv(3, 4, 300, 300, 48)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         whole = _all(tensors, window=(70, 20))
         for b in range(3):
             single = [x[b : b + 1].detach().requires_grad_() for x in tensors]
@@ -139,7 +139,7 @@ def test_a_sample_does_not_depend_on_its_batch(isa: str) -> None:
 @ISA
 def test_a_window_as_wide_as_the_sequence_is_none(isa: str) -> None:
     tensors = _qkv(1, 2, 130, 130, 32)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         for windowed, full in zip(_all(tensors, window=130), _all(tensors), strict=True):
             torch.testing.assert_close(windowed, full)
 
@@ -149,7 +149,7 @@ def test_a_constant_added_to_all_scores_changes_only_lse(isa: str) -> None:
     """k + c adds q . c to a query's scores, the same number for all of its keys."""
     q, k, v = _qkv(1, 2, 90, 90, 16, dtype=torch.float64)
     c = torch.randn(16, dtype=torch.float64)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         out, lse = attention(q, k, v, window=20, return_lse=True, backend="cpu")
         shifted, shifted_lse = attention(q, k + c, v, window=20, return_lse=True, backend="cpu")
     torch.testing.assert_close(shifted, out)
@@ -160,7 +160,7 @@ def test_a_constant_added_to_all_scores_changes_only_lse(isa: str) -> None:
 def test_keys_that_are_not_visible_may_hold_anything(isa: str) -> None:
     q, k, v = _qkv(1, 2, 200, 200, 32)
     lengths = torch.tensor([117])
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         expected = _all([q, k, v], window=50, key_lengths=lengths)
         poisoned_k, poisoned_v = k.detach().clone(), v.detach().clone()
         poisoned_k[:, :, 117:] = torch.nan
@@ -177,7 +177,7 @@ def test_keys_that_are_not_visible_may_hold_anything(isa: str) -> None:
 @ISA
 def test_rows_that_see_nothing_are_zero(isa: str) -> None:
     tensors = _qkv(1, 2, 60, 20, 16)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         out, lse, dq, dk, dv = _all(tensors, causal=True)  # the first 40 queries see no key
     assert torch.equal(out[:, :, :40], torch.zeros(1, 2, 40, 16))
     assert (lse[:, :, :40] == -torch.inf).all()
@@ -263,8 +263,8 @@ def test_gradients_of_keys_over_8192_bfloat16_queries_are_no_worse_than_plain_py
         return torch.autograd.grad(out, leaves[1:], dout.to(dtype))
 
     exact, plain = gradients(torch.float64, "eager"), gradients(torch.bfloat16, "eager")
-    for isa in cpu.modules():
-        with cpu.use_isa(isa):
+    for isa in cpu_modules.modules():
+        with cpu_modules.use_isa(isa):
             ours = gradients(torch.bfloat16, "cpu")
         for name, actual, other, expected in zip("kv", ours, plain, exact, strict=True):
             assert max_error(actual, expected) <= max_error(other, expected), (isa, f"d{name}")

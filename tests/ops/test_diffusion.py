@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from leedl_fast import diffusion
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 from leedl_fast.ops.diffusion import sample_seeds
 
-ISA = pytest.mark.parametrize("isa", cpu.modules())
+ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 SCHEDULE = diffusion.NoiseSchedule.linear(1000)
 SHAPE = (3, 4, 10, 11)
 
@@ -17,7 +17,7 @@ SHAPE = (3, 4, 10, 11)
 @ISA
 def test_the_loss_sees_the_noise_that_was_added(isa: str) -> None:
     sample, t = torch.randn(SHAPE), torch.tensor([0, 400, 999])
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         noisy = diffusion.add_noise(sample, t, SCHEDULE, seed=5, backend="cpu")
         noise = diffusion.randn(SHAPE, seed=5, backend="cpu")
         loss = diffusion.noise_prediction_loss(noise, sample, t, SCHEDULE, seed=5, backend="cpu")
@@ -29,7 +29,7 @@ def test_the_loss_sees_the_noise_that_was_added(isa: str) -> None:
 @ISA
 def test_threads_batch_and_backend_change_no_bit_of_the_noise(isa: str) -> None:
     shape = (3, 50_001)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)

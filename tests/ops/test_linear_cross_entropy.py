@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from leedl_fast import linear_cross_entropy
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu_modules
 
-ISA = pytest.mark.parametrize("isa", cpu.modules())
+ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 
 
 def _problem(
@@ -43,7 +43,7 @@ def _results(
 @pytest.mark.parametrize("shape", [(1100, 40, 30), (700, 300, 1000), (90, 20, 5000)], ids=str)
 def test_threads_and_runs_change_no_bit(isa: str, shape: tuple, reduction: str) -> None:
     problem = _problem(*shape)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         results = []
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
@@ -56,7 +56,7 @@ def test_threads_and_runs_change_no_bit(isa: str, shape: tuple, reduction: str) 
 @ISA
 def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
     hidden, weight, targets, bias = _problem(500, 50, 300)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         losses = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="none")
         dhidden = _results(hidden, weight, targets, bias, reduction="sum")[1]
         for row in (1, 250, 499):
@@ -71,7 +71,7 @@ def test_a_row_does_not_depend_on_the_others(isa: str) -> None:
 def test_ignored_rows_have_no_loss_and_no_gradient(isa: str, reduction: str) -> None:
     hidden, weight, targets, bias = _problem(300, 20, 130)
     ignored, kept = targets == -100, targets != -100
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         whole = _results(hidden, weight, targets, bias, reduction=reduction)
         with torch.no_grad():
             hidden[ignored] = torch.nan  # not even read
@@ -88,7 +88,7 @@ def test_ignored_rows_have_no_loss_and_no_gradient(isa: str, reduction: str) -> 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_all_rows_ignored(isa: str, reduction: str) -> None:
     hidden, weight, targets, bias = _problem(20, 8, 30)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         loss, *gradients = _results(
             hidden, weight, torch.full_like(targets, -100), bias, reduction=reduction
         )
@@ -101,7 +101,7 @@ def test_all_rows_ignored(isa: str, reduction: str) -> None:
 @ISA
 def test_a_constant_added_to_every_logit_changes_nothing(isa: str) -> None:
     hidden, weight, targets, bias = _problem(200, 16, 400, torch.float64)
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         for first, second in zip(
             _results(hidden, weight, targets, bias, label_smoothing=0.1),
             _results(hidden, weight, targets, bias + 7, label_smoothing=0.1),
@@ -116,7 +116,7 @@ def test_a_class_that_a_bias_of_minus_infinity_rules_out(isa: str) -> None:
     with torch.no_grad():
         targets.clamp_(min=200)
         bias[:200] = -torch.inf  # a whole block of classes
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         loss, dhidden, dweight, dbias = _results(hidden, weight, targets, bias)
     expected = F.cross_entropy(F.linear(hidden, weight, bias), targets)
     torch.testing.assert_close(loss, expected)
@@ -131,7 +131,7 @@ def test_a_nan_is_seen(isa: str) -> None:
     hidden, weight, targets, bias = _problem(50, 16, 300)
     with torch.no_grad():
         hidden[7, 3] = torch.nan
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         losses = linear_cross_entropy(hidden, weight, targets, bias=bias, reduction="none")
     assert losses.isnan().nonzero().tolist() == [[7]]
 

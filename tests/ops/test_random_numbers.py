@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leedl_fast.backends import cpu
+from leedl_fast.backends import cpu, cpu_modules
 from leedl_fast.reference import philox
 
 # Random123's known answers for philox4x32-10: counter, key, words.
@@ -26,7 +26,7 @@ KNOWN_ANSWERS = (
 SEEDS = torch.tensor([0, 1, -1, 42, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
 STREAMS = torch.tensor([0, 1, 999, 0, 2**32 - 1, 7, 1])
 
-every_isa = pytest.mark.parametrize("isa", list(cpu.modules()))
+every_isa = pytest.mark.parametrize("isa", list(cpu_modules.modules()))
 
 
 def randn(
@@ -42,7 +42,7 @@ def randn(
     buffer = torch.full((len(seeds) * n + 2 * guard,), float("nan"), dtype=dtype)
     out = buffer[guard : guard + len(seeds) * n]
     pointers = out.data_ptr(), seeds.data_ptr(), 0 if streams is None else streams.data_ptr()
-    run = cpu.modules()[isa].randn
+    run = cpu_modules.modules()[isa].randn
     run(cpu.DTYPE_NUMBERS[dtype], *pointers, len(seeds), n, num_threads)
     assert buffer[:guard].isnan().all()
     assert buffer[guard + len(seeds) * n :].isnan().all()
@@ -71,7 +71,7 @@ def test_philox_known_answers(
         tuple(torch.tensor(word) for word in counter), tuple(torch.tensor(word) for word in key)
     )
     assert tuple(int(word) for word in got) == words
-    for module in cpu.modules().values():
+    for module in cpu_modules.modules().values():
         assert tuple(module.philox4x32_10(counter, key)) == words
 
 
@@ -97,7 +97,7 @@ def test_no_word_is_special() -> None:
     exact0, exact1 = box_muller_float64(a, b)
     assert max((z0 - exact0).abs().max(), (z1 - exact1).abs().max()) <= 2e-6
     assert z0.abs().max() < 6.77
-    for module in cpu.modules().values():
+    for module in cpu_modules.modules().values():
         words = zip(a.ravel().tolist(), b.ravel().tolist(), strict=True)
         pairs = torch.tensor([module.normal_pair(*pair) for pair in words])
         compiled0, compiled1 = pairs.unbind(1)
@@ -111,14 +111,14 @@ def test_error_against_float64() -> None:
     words = philox.philox4x32((block, zero, zero, zero), (seed, zero))
     pairs = (*box_muller_float64(words[0], words[1]), *box_muller_float64(words[2], words[3]))
     exact = torch.stack(pairs, dim=-1).ravel()
-    isa = next(iter(cpu.modules()))
+    isa = next(iter(cpu_modules.modules()))
     assert (randn(isa, n, seed)[0] - exact).abs().max() <= 2e-6
 
 
 @pytest.fixture(scope="module")
 def sample() -> Tensor:
     """Four million numbers of one seed, in float64."""
-    return randn(next(iter(cpu.modules())), 1 << 22, torch.tensor([7]))[0].double()
+    return randn(next(iter(cpu_modules.modules())), 1 << 22, torch.tensor([7]))[0].double()
 
 
 def test_moments(sample: Tensor) -> None:
@@ -149,7 +149,7 @@ def test_seeds_streams_and_neighbours_are_independent() -> None:
     n = 1 << 18
     seeds = torch.tensor([5, 5, 5, 6, 5 + 2**32, -5])
     streams = torch.tensor([0, 1, 2, 0, 0, 0])
-    rows = randn(next(iter(cpu.modules())), n, seeds, streams).double()
+    rows = randn(next(iter(cpu_modules.modules())), n, seeds, streams).double()
     shifted = torch.stack([rows[0].roll(shift) for shift in (1, 2, 3, 4, 64)])
     series = torch.cat([rows, rows.square() - 1, shifted, shifted.square() - 1])
     correlation = torch.corrcoef(series) - torch.eye(len(series), dtype=torch.float64)

@@ -1,0 +1,88 @@
+"""The compiled modules of csrc/cpu, one per instruction set, and which of them is in use."""
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from leedl_fast import config
+
+ISAS = ("avx512", "avx2", "baseline")  # the best first
+
+
+@cache
+def modules() -> dict[str, ModuleType]:
+    """The compiled modules that this processor runs, by instruction set, the best first."""
+    return {isa: module for isa in ISAS if not isinstance(module := _load(isa), str)}
+
+
+@cache
+def reasons() -> dict[str, str]:
+    """Why each of the other instruction sets cannot be used here."""
+    return {isa: reason for isa in ISAS if isinstance(reason := _load(isa), str)}
+
+
+@cache
+def _load(isa: str) -> ModuleType | str:
+    """The module for `isa`, or the reason why it cannot run here."""
+    name = f"_cpu_{isa}"
+    try:
+        module = importlib.import_module(f"leedl_fast.{name}")
+    except ModuleNotFoundError:
+        report = Path(__file__).parent.parent / "_build.json"
+        missing = json.loads(report.read_text())["missing"] if report.exists() else {}
+        return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
+    except ImportError as error:
+        return f"{name} cannot be loaded: {error}"
+    return module if module.processor_can_run() else f"this processor has no {isa.upper()}"
+
+
+_forced_isa: str | None = None
+
+
+@torch.compiler.assume_constant_result  # a compiled graph calls the kernels by name, not by this
+def isa() -> str | None:
+    """The instruction set in use, or None when there is no compiled module at all."""
+    return _forced_isa or _default_isa()
+
+
+@cache
+def _default_isa() -> str | None:
+    if config.CPU_ISA is None:
+        return next(iter(modules()), None)
+    _check_isa("LEEDL_FAST_CPU", config.CPU_ISA)
+    return config.CPU_ISA
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Run the kernels of one instruction set, in the whole process: for tests and comparisons."""
+    global _forced_isa
+    _check_isa("isa", isa)
+    before, _forced_isa = _forced_isa, isa
+    try:
+        yield
+    finally:
+        _forced_isa = before
+
+
+def _check_isa(name: str, isa: str) -> None:
+    if isa not in ISAS:
+        raise ValueError(f"{name} must be one of {ISAS}, got {isa!r}")
+    if isa not in modules():
+        raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
+
+
+def kernel(name: str) -> Callable[..., None]:
+    """The entry point `name` of the module in use."""
+    return _entry_point(_forced_isa, name)
+
+
+@cache
+def _entry_point(forced: str | None, name: str) -> Callable[..., None]:
+    return getattr(modules()[forced or _default_isa() or ""], name)
