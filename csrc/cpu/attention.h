@@ -23,9 +23,11 @@ constexpr int64_t kMaxHeadDim = 256;
 // Rows of Q and dout as the left operand. An odd number of cache lines apart, so that they spread over the cache's
 // sets.
 constexpr int64_t kHeadPitch = kMaxHeadDim + 16;
-// Per-row values of one strip of queries are kept in whole vectors.
-constexpr int64_t kStripRows = 16;
-static_assert(kTileRows <= kStripRows && kStripRows % (kVectorBytes / 4) == 0);
+// Queries go in strips, which make two tiles beside each other: strips begin at multiples of a vector's lanes, so that
+// the keys that a strip sees through a window begin and end with a vector where the window's sides are such multiples.
+constexpr int64_t kHalfRows = kVectorRegisters == 32 ? 8 : 4;
+constexpr int64_t kStripRows = 2 * kHalfRows;
+static_assert(kStripRows % (kVectorBytes / 4) == 0);
 
 constexpr double kLog2e = 1.44269504088896340735992468100189214;
 

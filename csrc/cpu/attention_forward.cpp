@@ -1,22 +1,24 @@
 // Attention, forward: one task owns the query rows [row_begin, row_end) of the query heads that share one key head.
 //
-// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of kTileRows
+// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of kStripRows
 // queries computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds
 // P . V to its output (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1).
-// Where a strip sees few keys one block holds them all, and nothing is ever rescaled. Strips begin at multiples of
-// kTileRows and blocks at positions that depend on the sizes of the problem alone, so how rows are divided into tasks
-// changes no result.
+// Where a strip sees few keys one block holds them all, nothing is ever rescaled, and the block moves on with the
+// strips. Strips begin at multiples of kStripRows and blocks at positions that depend on the sizes of the problem alone,
+// so how rows are divided into tasks changes no result.
 #include "attention_output.h"
+#include "attention_products.h"
 
 namespace leedl {
 namespace {
 
 constexpr int64_t kMaxColumns = 560;  // of one strip's scores
-constexpr int64_t kScorePitch = 592;  // 37 cache lines of floats: odd, so that the rows spread over the cache's sets
 constexpr int64_t kPackedBytes = 256 * 1024;  // of keys and values in one block: they stay in the second-level cache
-constexpr int64_t kSinglePassRows = 504;  // rows of a task, where one block holds all that it sees
-constexpr int64_t kBlockRows = 252;     // rows of a task, over all heads of the group, where it walks over many blocks
+constexpr int64_t kPackedTogether = 64;       // keys, where the block moves on
+constexpr int64_t kSinglePassRows = 4032;     // rows of a task, where one block holds all that it sees
+constexpr int64_t kBlockRows = 1008;    // rows of a task, over all heads of the group, where it walks over many blocks
 constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than this
+static_assert(kMaxColumns <= kForwardPitch);
 
 // How a problem is cut into tasks and blocks.
 struct Plan {
@@ -33,24 +35,25 @@ struct Plan {
     Plan plan;
     plan.panels_v = (s.head_dim_v + kLanes - 1) / kLanes;
     const int64_t span = options.window_left + options.window_right;
-    const int64_t strip_columns = std::min(kTileRows + span + 2 * kLanes, s.seqlen_k + kLanes);
+    const int64_t strip_columns = std::min(kStripRows + span + 2 * kLanes, s.seqlen_k + kLanes);
     plan.single_pass = strip_columns <= kMaxColumns;
 
-    const int64_t strips = (s.seqlen_q + kTileRows - 1) / kTileRows;
+    const int64_t strips = (s.seqlen_q + kStripRows - 1) / kStripRows;
     const int64_t max_strips =
-        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kTileRows, 1);
+        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kStripRows, 1);
     const int64_t wanted_strips = std::max<int64_t>(strips * s.batch * s.num_heads_k / (kTasksPerThread * threads), 4);
     const int64_t task_strips = std::min({wanted_strips, max_strips, std::max<int64_t>(strips, 1)});
-    plan.task_rows = task_strips * kTileRows;
+    plan.task_rows = task_strips * kStripRows;
     plan.chunks = (strips + task_strips - 1) / task_strips;
     plan.tasks = s.num_heads_k * plan.chunks;
     plan.blocks = 0;
 
+    const int64_t bytes = static_cast<int64_t>(sizeof(E)) * (s.head_dim + plan.panels_v * kLanes);
+    const int64_t fitting = kPackedBytes * Operand<E>::kDepth / bytes;
     if (plan.single_pass) {
-      plan.block_keys = round_up(std::min(plan.task_rows + span + kLanes, s.seqlen_k), kLanes);
+      const int64_t seen = std::min(plan.task_rows + span + kLanes, s.seqlen_k);
+      plan.block_keys = round_up(std::min(seen, std::max(2 * fitting, strip_columns + 2 * kPackedTogether)), kLanes);
     } else {
-      const int64_t bytes = static_cast<int64_t>(sizeof(E)) * (s.head_dim + plan.panels_v * kLanes);
-      const int64_t fitting = kPackedBytes * Operand<E>::kDepth / bytes;
       plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, 512), 64);
     }
     return plan;
@@ -62,32 +65,32 @@ template <typename E, typename A = typename Operand<E>::Sum>
 struct Scratch {
   E* keys;           // [block_keys / W] panels of [depth(head_dim)][W]
   E* values;         // [panels_v] panels of [depth(block_keys)][W]
-  E* queries;        // [kTileRows][kHeadPitch]
-  A* scores;         // [kTileRows][kScorePitch]
+  E* queries;        // [kStripRows][kHeadPitch]
+  A* scores;         // [kStripRows][kForwardPitch]
   E* probabilities;  // the same; the scores themselves where E is A
-  A* out;            // per strip [kTileRows][panels_v * W], not yet divided by the sum
+  A* out;            // per strip [kStripRows][panels_v * W], not yet divided by the sum
   A* row_max;        // per strip [kStripRows]
   A* row_sum;        // per strip [kStripRows]
-  A* factors;        // of dropout [kScorePitch]
+  A* factors;        // of dropout [kForwardPitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s, const Plan& plan) {
     constexpr int64_t kLanes = Vec<A>::kSize;
-    const int64_t strips = plan.single_pass ? 1 : s.group() * plan.task_rows / kTileRows;
+    const int64_t strips = plan.single_pass ? 1 : s.group() * plan.task_rows / kStripRows;
     ByteArena arena(base);
     arena.take(keys, plan.block_keys * depth_of<E>(s.head_dim));
     arena.take(values, depth_of<E>(plan.block_keys) * plan.panels_v * kLanes);
-    arena.take(queries, kTileRows * kHeadPitch);
-    arena.take(scores, kTileRows * kScorePitch);
+    arena.take(queries, kStripRows * kHeadPitch);
+    arena.take(scores, kStripRows * kForwardPitch);
     if constexpr (std::is_same_v<E, A>) {
       probabilities = scores;
     } else {
-      arena.take(probabilities, kTileRows * kScorePitch);
+      arena.take(probabilities, kStripRows * kForwardPitch);
     }
-    arena.take(out, strips * kTileRows * plan.panels_v * kLanes);
+    arena.take(out, strips * kStripRows * plan.panels_v * kLanes);
     arena.take(row_max, strips * kStripRows);
     arena.take(row_sum, strips * kStripRows);
-    arena.take(factors, kScorePitch);
+    arena.take(factors, kForwardPitch);
     bytes = arena.taken();
   }
 };
@@ -97,25 +100,25 @@ struct Scratch {
 // that two chains of maxima or sums run side by side.
 template <typename T>
 __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor, T* row_max, T* row_sum, T* rescale) {
-  static_assert(kTileRows % 2 == 0);
+  static_assert(kStripRows % 2 == 0);
   constexpr int64_t kLanes = Vec<T>::kSize;
   alignas(64) T largest[kStripRows], offsets[kStripRows], sums[kStripRows] = {};
   std::copy(row_max, row_max + kStripRows, largest);
   const Vec<T> scale = Vec<T>::broadcast(factor);
-  for (int64_t row = 0; row < kTileRows; row += 2) {
-    const T* score = scores + row * kScorePitch;
+  for (int64_t row = 0; row < kStripRows; row += 2) {
+    const T* score = scores + row * kForwardPitch;
     Vec<T> top0 = Vec<T>::broadcast(row_max[row]), top1 = Vec<T>::broadcast(row_max[row + 1]);
     Vec<T> odd0 = top0, odd1 = top1;
     int64_t column = 0;
     for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
       top0 = max(Vec<T>::load(score + column), top0);
       odd0 = max(Vec<T>::load(score + column + kLanes), odd0);
-      top1 = max(Vec<T>::load(score + kScorePitch + column), top1);
-      odd1 = max(Vec<T>::load(score + kScorePitch + column + kLanes), odd1);
+      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
+      odd1 = max(Vec<T>::load(score + kForwardPitch + column + kLanes), odd1);
     }
     if (column < columns) {
       top0 = max(Vec<T>::load(score + column), top0);
-      top1 = max(Vec<T>::load(score + kScorePitch + column), top1);
+      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
     }
     largest[row] = reduce_max(max(odd0, top0));
     largest[row + 1] = reduce_max(max(odd1, top1));
@@ -128,15 +131,15 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
     offset.store(offsets + row);
     now.store(row_max + row);
   }
-  for (int64_t row = 0; row < kTileRows; row += 2) {
-    T* score = scores + row * kScorePitch;
+  for (int64_t row = 0; row < kStripRows; row += 2) {
+    T* score = scores + row * kForwardPitch;
     const Vec<T> offset0 = Vec<T>::broadcast(offsets[row]), offset1 = Vec<T>::broadcast(offsets[row + 1]);
     Vec<T> sum0 = Vec<T>::zero(), sum1 = Vec<T>::zero();
     for (int64_t column = 0; column < columns; column += kLanes) {
       const Vec<T> p0 = exp2((Vec<T>::load(score + column) - offset0) * scale);
-      const Vec<T> p1 = exp2((Vec<T>::load(score + kScorePitch + column) - offset1) * scale);
+      const Vec<T> p1 = exp2((Vec<T>::load(score + kForwardPitch + column) - offset1) * scale);
       p0.store(score + column);
-      p1.store(score + kScorePitch + column);
+      p1.store(score + kForwardPitch + column);
       sum0 = sum0 + p0;
       sum1 = sum1 + p1;
     }
@@ -173,22 +176,25 @@ class ForwardTask {
     const int64_t key_end = window_.key_end_of(row_end - 1);
     const int64_t first_head = head_k * sizes_.group();
     for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-      for (int64_t row = row_begin; row < row_end; row += kTileRows) {
+      for (int64_t row = row_begin; row < row_end; row += kStripRows) {
         if (window_.key_begin(row) < window_.key_end_of(last_row(row))) continue;
         for (int64_t r = row; r <= last_row(row); ++r) writer_.write_masked(sample_, head, r);
       }
     }
-    int64_t begin = round_down(key_begin, plan_.single_pass ? kLanes : plan_.block_keys);
-    for (; begin < key_end; begin += plan_.block_keys) {
-      const int64_t end = std::min(begin + plan_.block_keys, key_end);
-      pack_transposed(scratch_.keys, args_.k.key(sample_, head_k, begin), args_.k.seq_stride, end - begin,
-                      sizes_.head_dim);
-      pack_panels(scratch_.values, panel_stride(), args_.v.key(sample_, head_k, begin), args_.v.seq_stride,
-                  end - begin, sizes_.head_dim_v);
+    if (plan_.single_pass) {
+      block_begin_ = packed_end_ = round_down(key_begin, kLanes);
+      for (int64_t row = row_begin; row < row_end; row += kStripRows) {
+        hold(head_k, window_.key_begin(row), window_.key_end_of(last_row(row)), key_end);
+        for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) strip(head, row, 0);
+      }
+      return;
+    }
+    for (int64_t begin = round_down(key_begin, plan_.block_keys); begin < key_end; begin += plan_.block_keys) {
+      block_begin_ = packed_end_ = begin;
+      pack(head_k, std::min(begin + plan_.block_keys, key_end));
       for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-        for (int64_t row = row_begin; row < row_end; row += kTileRows) {
-          const int64_t local = ((head - first_head) * plan_.task_rows + row - row_begin) / kTileRows;
-          strip(head, row, plan_.single_pass ? 0 : local, begin, end);
+        for (int64_t row = row_begin; row < row_end; row += kStripRows) {
+          strip(head, row, ((head - first_head) * plan_.task_rows + row - row_begin) / kStripRows);
         }
       }
     }
@@ -199,24 +205,51 @@ class ForwardTask {
   static constexpr int64_t kLanes = Vec<A>::kSize;
   static constexpr int64_t kDepth = Operand<E>::kDepth;
 
-  int64_t last_row(int64_t row) const { return std::min(row + kTileRows, window_.seqlen_q) - 1; }
+  int64_t last_row(int64_t row) const { return std::min(row + kStripRows, window_.seqlen_q) - 1; }
   int64_t panel_stride() const { return depth_of<E>(plan_.block_keys) * kLanes; }
 
-  // One strip of queries against the keys of one block that it sees.
-  void strip(int64_t head, int64_t row, int64_t local, int64_t block_begin, int64_t block_end) {
+  // Packs the keys from packed_end_, a multiple of the lanes beyond block_begin_, to `end`.
+  void pack(int64_t head_k, int64_t end) {
+    const int64_t at = packed_end_ - block_begin_, keys = end - packed_end_;
+    pack_transposed(scratch_.keys + at * depth_of<E>(sizes_.head_dim), args_.k.key(sample_, head_k, packed_end_),
+                    args_.k.seq_stride, keys, sizes_.head_dim);
+    pack_panels(scratch_.values + at / kDepth * kLanes, panel_stride(), args_.v.key(sample_, head_k, packed_end_),
+                args_.v.seq_stride, keys, sizes_.head_dim_v);
+    packed_end_ = end;
+  }
+
+  // Moves the block on to hold the keys [begin, end) of a strip; the task sees none from key_end on.
+  void hold(int64_t head_k, int64_t begin, int64_t end, int64_t key_end) {
+    if (end <= packed_end_) return;
+    if (end - block_begin_ > plan_.block_keys) {
+      const int64_t from = round_down(begin, kLanes) - block_begin_;
+      const int64_t kept = packed_end_ - block_begin_ - from, depth = depth_of<E>(sizes_.head_dim);
+      std::memmove(scratch_.keys, scratch_.keys + from * depth, kept * depth * sizeof(E));
+      for (int64_t panel = 0; panel < plan_.panels_v; ++panel) {
+        E* values = scratch_.values + panel * panel_stride();
+        std::memmove(values, values + from / kDepth * kLanes, kept / kDepth * kLanes * sizeof(E));
+      }
+      block_begin_ += from;
+    }
+    const int64_t together = round_up(end - packed_end_, kPackedTogether);
+    pack(head_k, std::min({packed_end_ + together, block_begin_ + plan_.block_keys, key_end}));
+  }
+
+  // One strip of queries against the keys of the block that it sees.
+  void strip(int64_t head, int64_t row, int64_t local) {
     const int64_t rows = last_row(row) + 1 - row;
     const int64_t strip_begin = window_.key_begin(row);
     const int64_t strip_end = window_.key_end_of(last_row(row));
-    const int64_t begin = std::max(strip_begin, block_begin) - block_begin;
-    const int64_t end = std::min(strip_end, block_end) - block_begin;
+    const int64_t begin = std::max(strip_begin, block_begin_) - block_begin_;
+    const int64_t end = std::min(strip_end, packed_end_) - block_begin_;
     if (begin >= end) return;
 
     A* row_max = scratch_.row_max + local * kStripRows;
     A* row_sum = scratch_.row_sum + local * kStripRows;
-    const bool first = strip_begin >= block_begin;
+    const bool first = strip_begin >= block_begin_;
     if (first) scores_.start(head, row_max, row_sum);
 
-    pack_rows<kTileRows, kHeadPitch>(scratch_.queries, args_.q.query(sample_, head, row), args_.q.seq_stride, rows,
+    pack_rows<kStripRows, kHeadPitch>(scratch_.queries, args_.q.query(sample_, head, row), args_.q.seq_stride, rows,
                                      sizes_.head_dim, scores_.scale().sign);
     // Columns of the scores count from column_begin, a multiple of W, so that a strip uses the same few cache lines
     // always.
@@ -224,18 +257,18 @@ class ForwardTask {
     const int64_t columns = round_up(end, kLanes) - column_begin;
     const int64_t depth = depth_of<E>(sizes_.head_dim);
     A* scores = scratch_.scores;
-    score_tile(score_runs(rows), depth, scratch_.queries, scratch_.keys + column_begin * depth, columns / kLanes, scores,
-               kScorePitch);
+    multiply_scores(score_runs(rows), depth, scratch_.queries, scratch_.keys + column_begin * depth, columns / kLanes,
+                    scores, kForwardPitch);
 
-    const int64_t origin = block_begin + column_begin;
+    const int64_t origin = block_begin_ + column_begin;
     if (scores_.modified()) {
       for (int64_t r = 0; r < rows; ++r) {
-        scores_.modify(sample_, head, row + r, origin, columns, scores + r * kScorePitch, nullptr);
+        scores_.modify(sample_, head, row + r, origin, columns, scores + r * kForwardPitch, nullptr);
       }
     }
     if (window_.key_begin(last_row(row)) > origin || window_.key_end_of(row) < origin + columns) {
       for (int64_t r = 0; r < rows; ++r) {
-        mask_row(scores + r * kScorePitch, 0, columns, window_.key_begin(row + r) - origin,
+        mask_row(scores + r * kForwardPitch, 0, columns, window_.key_begin(row + r) - origin,
                  window_.key_end_of(row + r) - origin, -std::numeric_limits<A>::infinity());
       }
     }
@@ -245,42 +278,36 @@ class ForwardTask {
       softmax_rows(scores, columns, scores_.scale().factor, row_max, row_sum, rescale);
     } else {
       std::fill_n(rescale, kStripRows, A(1));
-      for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kScorePitch, columns);
+      for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kForwardPitch, columns);
     }
     if (scores_.drops()) {
       for (int64_t r = 0; r < rows; ++r) {
         scores_.dropout_factors(sample_, head, row + r, origin, columns, scratch_.factors);
-        multiply_row(scores + r * kScorePitch, scratch_.factors, columns);
+        multiply_row(scores + r * kForwardPitch, scratch_.factors, columns);
       }
     }
     if constexpr (!std::is_same_v<E, A>) {
-      for (int64_t r = 0; r < kTileRows; ++r) {
-        pack_row(scratch_.probabilities + r * kScorePitch, scores + r * kScorePitch, columns);
+      for (int64_t r = 0; r < kStripRows; ++r) {
+        pack_row(scratch_.probabilities + r * kForwardPitch, scores + r * kForwardPitch, columns);
       }
     }
-    add_values(local, begin - column_begin, begin, end, first, rescale);
-    if (strip_end <= block_end) write(head, row, rows, local);
+    A* out = scratch_.out + local * kStripRows * plan_.panels_v * kLanes;
+    for (int64_t half = 0; half < rows; half += kHalfRows) {
+      add_values(row + half, half, column_begin, first ? nullptr : rescale + half,
+                 out + half * plan_.panels_v * kLanes);
+    }
+    if (strip_end <= packed_end_) write(head, row, rows, local);
   }
 
-  // out = out * rescale + P . V over the keys [begin, end) of the block, exactly: keys that no row sees may hold NaN.
-  void add_values(int64_t local, int64_t column, int64_t begin, int64_t end, bool first, const A* rescale) {
-    const int64_t pitch = plan_.panels_v * kLanes;
-    A* out = scratch_.out + local * kTileRows * pitch;
-    const E* p = scratch_.probabilities + column / kDepth;
-    const E* values = scratch_.values + begin / kDepth * kLanes;
-    const int64_t depth = depth_of<E>(end) - begin / kDepth;
-    using Layout = TileLayout<kScorePitch, 1>;
-    if (first) {
-      tile_rows<kTileRows, Layout>(
-          depth, p, values, panel_stride(), plan_.panels_v,
-          [&](int64_t r, int64_t panel, Vec<A> value) { value.store(out + r * pitch + panel * kLanes); });
-    } else {
-      tile_rows<kTileRows, Layout>(depth, p, values, panel_stride(), plan_.panels_v,
-                                   [&](int64_t r, int64_t panel, Vec<A> value) {
-                                     A* to = out + r * pitch + panel * kLanes;
-                                     mul_add(Vec<A>::load(to), Vec<A>::broadcast(rescale[r]), value).store(to);
-                                   });
-    }
+  // out = out * rescale + P . V over the keys that kHalfRows rows see, exactly: others may hold NaN.
+  void add_values(int64_t row, int64_t half, int64_t column_begin, const A* rescale, A* out) {
+    const int64_t last = std::min(row + kHalfRows, window_.seqlen_q) - 1;
+    const int64_t begin = std::max(window_.key_begin(row), block_begin_) - block_begin_;
+    const int64_t end = std::min(window_.key_end_of(last), packed_end_) - block_begin_;
+    const int64_t depth = begin < end ? depth_of<E>(end) - begin / kDepth : 0;
+    if (depth == 0 && rescale != nullptr) return;
+    multiply_values(depth, scratch_.probabilities + half * kForwardPitch + (begin - column_begin) / kDepth,
+                    scratch_.values + begin / kDepth * kLanes, panel_stride(), plan_.panels_v, rescale, out);
   }
 
   void write(int64_t head, int64_t row, int64_t rows, int64_t local) {
@@ -293,7 +320,7 @@ class ForwardTask {
       (Vec<A>::broadcast(scores_.kept()) / sum).store(inverse + r);
       mul_add(Vec<A>::load(row_max + r), Vec<A>::broadcast(scores_.scale().lse_scale), log(sum)).store(logarithm + r);
     }
-    const A* from = scratch_.out + local * kTileRows * pitch;
+    const A* from = scratch_.out + local * kStripRows * pitch;
     for (int64_t r = 0; r < rows; ++r, from += pitch) {
       if (row_sum[r] == 0) {
         writer_.write_masked(sample_, head, row + r);
@@ -312,6 +339,7 @@ class ForwardTask {
   Plan plan_;
   Sample sample_;
   AttentionWindow window_;
+  int64_t block_begin_, packed_end_;  // the keys of the block
 };
 
 template <typename T, typename E>

@@ -142,20 +142,25 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const E* __restri
   }
 }
 
-// kRows rows of C over all panels of B: epilogue(row, panel, value).
+// kRows rows of C over all panels of B: epilogue(row, panel, value). Tiles of three vectors leave two rather than one to
+// the last tiles.
 template <int64_t kRows, typename Layout, int64_t kVecs = kTileVecs, typename E, typename Epilogue>
 inline void tile_rows(int64_t depth, const E* a, const E* b, int64_t panel_stride, int64_t panels,
                       const Epilogue& epilogue) {
   using T = typename Operand<E>::Sum;
   int64_t panel = 0;
-  for (; panel + kVecs <= panels; panel += kVecs) {
-    tile<kRows, kVecs, Layout>(depth, a, b + panel * panel_stride, panel_stride,
-                                   [&](int64_t row, int64_t vec, Vec<T> value) { epilogue(row, panel + vec, value); });
+  const auto take = [&](auto vecs) __attribute__((always_inline)) {
+    tile<kRows, vecs, Layout>(depth, a, b + panel * panel_stride, panel_stride,
+                              [&](int64_t row, int64_t vec, Vec<T> value) { epilogue(row, panel + vec, value); });
+    panel += vecs;
+  };
+  while (panel + kVecs <= panels && !(kVecs == 3 && panel + 4 == panels)) {
+    take(std::integral_constant<int64_t, kVecs>());
   }
-  for (; panel < panels; ++panel) {
-    tile<kRows, 1, Layout>(depth, a, b + panel * panel_stride, panel_stride,
-                           [&](int64_t row, int64_t, Vec<T> value) { epilogue(row, panel, value); });
+  if constexpr (kVecs == 3) {
+    while (panel + 2 <= panels) take(std::integral_constant<int64_t, 2>());
   }
+  while (panel < panels) take(std::integral_constant<int64_t, 1>());
 }
 
 namespace detail {
@@ -185,6 +190,39 @@ inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
   }
 }
 
+#if defined(__AVX512F__)
+
+// Transposes 16 rows of 16 four-byte elements, a row every `stride` bytes, on their way from memory to `to`: quarters of
+// rows are loaded where they belong, which leaves 4 x 4 elements in each of them to transpose.
+inline __attribute__((always_inline)) void transpose(const void* source, int64_t stride, float* to) {
+  const auto* from = static_cast<const std::byte*>(source);
+#pragma GCC unroll 4
+  for (int64_t quarter = 0; quarter < 4; ++quarter) {
+    __m512 rows[4];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; ++i) {
+      const auto load = [&](int64_t row) {
+        return _mm_loadu_ps(reinterpret_cast<const float*>(from + row * stride + quarter * 16));
+      };
+      rows[i] = _mm512_maskz_broadcast_f32x4(0x000f, load(i));
+      rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, load(i + 4));
+      rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, load(i + 8));
+      rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, load(i + 12));
+    }
+    const auto low = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpacklo_ps(a, b)); };
+    const auto high = [](__m512 a, __m512 b) { return _mm512_castps_pd(_mm512_unpackhi_ps(a, b)); };
+    const __m512d low0 = low(rows[0], rows[1]), low1 = low(rows[2], rows[3]);
+    const __m512d high0 = high(rows[0], rows[1]), high1 = high(rows[2], rows[3]);
+    _mm512_storeu_ps(to, _mm512_castpd_ps(_mm512_unpacklo_pd(low0, low1)));
+    _mm512_storeu_ps(to + 16, _mm512_castpd_ps(_mm512_unpackhi_pd(low0, low1)));
+    _mm512_storeu_ps(to + 32, _mm512_castpd_ps(_mm512_unpacklo_pd(high0, high1)));
+    _mm512_storeu_ps(to + 48, _mm512_castpd_ps(_mm512_unpackhi_pd(high0, high1)));
+    to += 64;
+  }
+}
+
+#endif
+
 }  // namespace detail
 
 // B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k <
@@ -197,6 +235,14 @@ __attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const Sto
     const int64_t valid = rows - row < kLanes ? rows - row : kLanes;
     for (int64_t k = 0; k < depth; k += kLanes) {
       const int64_t width = depth - k < kLanes ? depth - k : kLanes;
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<Stored, float>) {
+        if (valid == kLanes && width == kLanes) {
+          detail::transpose(source + row * stride + k, stride * static_cast<int64_t>(sizeof(float)), panels + k * kLanes);
+          continue;
+        }
+      }
+#endif
       Vec<T> block[kLanes];
       if (valid == kLanes && width == kLanes) {
 #pragma GCC unroll 16
@@ -273,6 +319,11 @@ __attribute__((noinline)) inline void pack_transposed(BFloat16Pair* __restrict__
   const int64_t pairs = depth_of<BFloat16Pair>(depth);
   for (int64_t row = 0; row < rows; row += kLanes) {
     for (int64_t k = 0; k < pairs; k += kLanes) {
+      if (row + kLanes <= rows && 2 * (k + kLanes) <= depth) {
+        detail::transpose(source + row * stride + 2 * k, stride * static_cast<int64_t>(sizeof(BFloat16)),
+                          reinterpret_cast<float*>(panels + k * kLanes));
+        continue;
+      }
       Vec<float> block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const BFloat16* from = source + (row + i) * stride + 2 * k;
