@@ -11,7 +11,7 @@ namespace leedl {
 namespace {
 
 constexpr int64_t kSplitKeys = 1024;
-constexpr int64_t kPackedKeys = 128;  // of one packing: they stay in the first-level cache
+constexpr int64_t kPackedKeys = 32;  // of one packing: they stay in the first-level cache
 constexpr int64_t kScorePitch = kSplitKeys + 16;
 
 // Vectors of accumulators beside each other for each row, so that there are enough of them to hide their latency.

@@ -225,6 +225,36 @@ inline __attribute__((always_inline)) void transpose(const void* source, int64_t
 
 }  // namespace detail
 
+namespace detail {
+
+// A copy of the rows that one panel is made of. Transposing them where they are reads all of them side by side, which
+// processors do not foresee; the copy reads one after the other, at the speed of memory.
+template <typename Stored, int64_t kRows>
+class NearRows {
+ public:
+  static constexpr int64_t kMaxDepth = 256;
+
+  // `depth` numbers of kRows rows, or the rows themselves where they are longer than kMaxDepth.
+  NearRows(const Stored* source, int64_t stride, int64_t depth)
+      : rows_(depth <= kMaxDepth ? copy_ : source), stride_(depth <= kMaxDepth ? kPitch : stride) {
+    if (depth > kMaxDepth) return;
+    for (int64_t row = 0; row < kRows; ++row) {
+      std::memcpy(copy_ + row * kPitch, source + row * stride, depth * sizeof(Stored));
+    }
+  }
+  const Stored* at(int64_t row, int64_t k) const { return rows_ + row * stride_ + k; }
+  int64_t stride_bytes() const { return stride_ * static_cast<int64_t>(sizeof(Stored)); }
+
+ private:
+  static constexpr int64_t kPitch = kMaxDepth + 64 / static_cast<int64_t>(sizeof(Stored));
+
+  alignas(64) Stored copy_[kRows * kPitch];
+  const Stored* const rows_;
+  const int64_t stride_;
+};
+
+}  // namespace detail
+
 // B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k <
 // depth. Missing rows of the last panel are zeros.
 template <typename T, typename Stored>
@@ -233,30 +263,32 @@ __attribute__((noinline)) void pack_transposed(T* __restrict__ panels, const Sto
   constexpr int64_t kLanes = Vec<T>::kSize;
   for (int64_t row = 0; row < rows; row += kLanes) {
     const int64_t valid = rows - row < kLanes ? rows - row : kLanes;
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      const int64_t width = depth - k < kLanes ? depth - k : kLanes;
+    int64_t k = 0;
+    if (valid == kLanes) {
+      const detail::NearRows<Stored, kLanes> near(source + row * stride, stride, depth);
+      for (; k + kLanes <= depth; k += kLanes) {
 #if defined(__AVX512F__)
-      if constexpr (std::is_same_v<Stored, float>) {
-        if (valid == kLanes && width == kLanes) {
-          detail::transpose(source + row * stride + k, stride * static_cast<int64_t>(sizeof(float)), panels + k * kLanes);
+        if constexpr (std::is_same_v<Stored, float>) {
+          detail::transpose(near.at(0, k), near.stride_bytes(), panels + k * kLanes);
           continue;
         }
-      }
 #endif
-      Vec<T> block[kLanes];
-      if (valid == kLanes && width == kLanes) {
+        Vec<T> block[kLanes];
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < kLanes; ++i) block[i] = Vec<T>::load(source + (row + i) * stride + k);
+        for (int64_t i = 0; i < kLanes; ++i) block[i] = Vec<T>::load(near.at(i, k));
         detail::transpose(block);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < kLanes; ++i) block[i].store(panels + (k + i) * kLanes);
-      } else {
-        for (int64_t i = 0; i < kLanes; ++i) {
-          block[i] = i < valid ? Vec<T>::load_first(source + (row + i) * stride + k, width) : Vec<T>::zero();
-        }
-        detail::transpose(block);
-        for (int64_t i = 0; i < width; ++i) block[i].store(panels + (k + i) * kLanes);
       }
+    }
+    for (; k < depth; k += kLanes) {
+      const int64_t width = depth - k < kLanes ? depth - k : kLanes;
+      Vec<T> block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        block[i] = i < valid ? Vec<T>::load_first(source + (row + i) * stride + k, width) : Vec<T>::zero();
+      }
+      detail::transpose(block);
+      for (int64_t i = 0; i < width; ++i) block[i].store(panels + (k + i) * kLanes);
     }
     panels += depth * kLanes;
   }
@@ -318,12 +350,14 @@ __attribute__((noinline)) inline void pack_transposed(BFloat16Pair* __restrict__
   constexpr int64_t kLanes = Vec<float>::kSize;
   const int64_t pairs = depth_of<BFloat16Pair>(depth);
   for (int64_t row = 0; row < rows; row += kLanes) {
-    for (int64_t k = 0; k < pairs; k += kLanes) {
-      if (row + kLanes <= rows && 2 * (k + kLanes) <= depth) {
-        detail::transpose(source + row * stride + 2 * k, stride * static_cast<int64_t>(sizeof(BFloat16)),
-                          reinterpret_cast<float*>(panels + k * kLanes));
-        continue;
+    int64_t k = 0;
+    if (row + kLanes <= rows) {
+      const detail::NearRows<BFloat16, kLanes> near(source + row * stride, stride, depth);
+      for (; 2 * (k + kLanes) <= depth; k += kLanes) {
+        detail::transpose(near.at(0, 2 * k), near.stride_bytes(), reinterpret_cast<float*>(panels + k * kLanes));
       }
+    }
+    for (; k < pairs; k += kLanes) {
       Vec<float> block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         const BFloat16* from = source + (row + i) * stride + 2 * k;
