@@ -279,3 +279,32 @@ def test_keys_beyond_key_lengths_may_hold_nan(seqlen_q: int, dtype: torch.dtype)
     expected = attention(q, k, v, key_lengths=lengths, backend="cpu")
     k[1, :, 77:], v[1, :, 77:] = torch.nan, torch.nan
     assert torch.equal(attention(q, k, v, key_lengths=lengths, backend="cpu"), expected)
+
+
+@ISA
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_drops_the_same_entries_whatever_the_tiles(isa: str, dtype: torch.dtype) -> None:
+    seqlen, window = 600, 200  # 600 keys take several blocks, the window one, one query none
+
+    def kept(queries: int, backend: str, window: int | None = None) -> Tensor:
+        q, k = torch.zeros(1, 2, queries, 16), torch.zeros(1, 2, seqlen, 16)
+        parts = []
+        for values in torch.eye(seqlen).split(200, dim=1):  # out is P itself, 200 keys at a time
+            out = attention(
+                *(x.to(dtype) for x in (q, k, values.expand(1, 2, -1, -1))),
+                window=window,
+                dropout_p=0.3,
+                seed=11,
+                backend=backend,
+            )
+            parts.append(out != 0)
+        return torch.cat(parts, dim=-1)
+
+    expected = kept(seqlen, "eager")
+    assert 0.25 < 1 - expected.float().mean() < 0.35
+    position = torch.arange(seqlen)
+    visible = (position[None, :] - position[:, None]).abs() <= window
+    with cpu.use_isa(isa):
+        assert torch.equal(kept(seqlen, "cpu"), expected)
+        assert torch.equal(kept(seqlen, "cpu", window), expected & visible)
+        assert torch.equal(kept(1, "cpu"), expected[:, :, :1])
