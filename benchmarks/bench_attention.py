@@ -43,6 +43,7 @@ LONGEST = {
 @dataclass(frozen=True)
 class AttentionCase:
     seqlen: int = 4096
+    queries: int | None = None  # the last ones alone; None: all
     head_dim: int = 64
     window: int | None = None  # the same on both sides
     causal: bool = False
@@ -62,8 +63,14 @@ class AttentionCase:
         return left, 0 if self.causal else left
 
     @property
+    def seqlen_q(self) -> int:
+        return self.seqlen if self.queries is None else self.queries
+
+    @property
     def name(self) -> str:
         passes = "forward + backward" if self.backward else "forward"
+        if self.queries is not None:
+            return f"decode, {self.queries} query" + ("" if self.queries == 1 else "s")
         if self.window is not None:
             return f"{passes}, window ({self.sides[0]}, {self.sides[1]})"
         return f"{passes}, {'causal' if self.causal else 'full'}"
@@ -79,7 +86,8 @@ class AttentionCase:
     def flops(self) -> float:
         left, right = self.sides
         last = self.seqlen - 1
-        pairs = sum(min(i, left) + min(last - i, right) + 1 for i in range(self.seqlen))
+        queries = range(self.seqlen - self.seqlen_q, self.seqlen)
+        pairs = sum(min(i, left) + min(last - i, right) + 1 for i in queries)
         per_pair = 4 * self.head_dim * (3.5 if self.backward else 1)
         return float(self.batch * self.num_heads * pairs * per_pair)
 
@@ -96,6 +104,7 @@ def cases(settings: Settings) -> list[AttentionCase]:
             AttentionCase(**(small | {"seqlen": 96}), window=8, series=True, peers=()),
             AttentionCase(**small, window=8, backward=True, peers=(EAGER, SDPA_MASK)),
             AttentionCase(**small, causal=True, bars={SDPA: 1.3}),
+            AttentionCase(**small, queries=1, peers=(SDPA,)),
         ]
     main = [
         AttentionCase(
@@ -105,6 +114,11 @@ def cases(settings: Settings) -> list[AttentionCase]:
         AttentionCase(bars={SDPA: 1.0}),
         AttentionCase(causal=True, bars={SDPA: 1.3}),
         AttentionCase(dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)),
+        AttentionCase(dtype=torch.bfloat16, backward=True, peers=(SDPA,)),
+        AttentionCase(seqlen=32768, queries=1, bars={SDPA: 1.0}, peers=(SDPA,)),
+        AttentionCase(
+            seqlen=32768, queries=1, dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)
+        ),
         *(
             AttentionCase(
                 window=128,
@@ -139,6 +153,7 @@ def cases(settings: Settings) -> list[AttentionCase]:
             options = {"head_dim": head_dim, "seqlen": 2048, "backward": backward}
             main.append(AttentionCase(**options))
             main.append(AttentionCase(**options, window=128, peers=(EAGER, SDPA_MASK)))
+            main.append(AttentionCase(**options, dtype=torch.bfloat16, peers=(SDPA,)))
         main.append(AttentionCase(causal=True, window=256, backward=backward, peers=WINDOWED))
         main.append(AttentionCase(num_heads_k=2, backward=backward))
         main.append(AttentionCase(batch=4, seqlen=1024, backward=backward))
@@ -207,8 +222,13 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 def inputs(case: AttentionCase, settings: Settings) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [
-        (case.batch, heads, case.seqlen, case.head_dim)
-        for heads in (case.num_heads, case.num_heads_k, case.num_heads_k, case.num_heads)
+        (case.batch, heads, seqlen, case.head_dim)
+        for heads, seqlen in (
+            (case.num_heads, case.seqlen_q),
+            (case.num_heads_k, case.seqlen),
+            (case.num_heads_k, case.seqlen),
+            (case.num_heads, case.seqlen_q),
+        )
     ]
     tensors = [
         torch.randn(shape, generator=generator).to(settings.device, case.dtype) for shape in shapes
@@ -289,15 +309,16 @@ def chunked_attention(
     """
     q, k, v, dout = (tensor.detach() for tensor in tensors)
     seqlen, scale = q.shape[2], 1 / math.sqrt(q.shape[3])
+    shift = k.shape[2] - seqlen
     results = [torch.empty_like(q), *(torch.zeros_like(t) for t in (q, k, v))]
     for start in range(0, seqlen, chunk):
         rows = slice(start, min(start + chunk, seqlen))
-        keys = slice(max(0, start - left), min(seqlen, rows.stop + right))
+        keys = slice(max(0, start + shift - left), min(k.shape[2], rows.stop + shift + right))
         part = [q[:, :, rows], k[:, :, keys], v[:, :, keys]]
         part = [tensor.clone().requires_grad_(backward) for tensor in part]
         groups = q.shape[1] // k.shape[1]
         part_k, part_v = (tensor.repeat_interleave(groups, 1) for tensor in part[1:])
-        i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
+        i = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + shift
         j = torch.arange(keys.start, keys.stop, device=q.device)[None, :]
         scores = part[0] @ part_k.mT * scale
         scores = scores.masked_fill((j < i - left) | (j > i + right), -torch.inf)
