@@ -3,6 +3,7 @@
 from leedl_fast.layers.add_layer_norm import AddLayerNorm
 from leedl_fast.layers.additive_attention import AdditiveAttention
 from leedl_fast.layers.attention import MultiHeadAttention
+from leedl_fast.layers.attention_pooling import AttentionPooling
 from leedl_fast.layers.feed_forward import FeedForward
 from leedl_fast.layers.kv_cache import DecoderCache, KVCache
 from leedl_fast.layers.positional import SinusoidalPositionalEncoding
@@ -17,6 +18,7 @@ from leedl_fast.layers.transformer import (
 __all__ = [
     "AddLayerNorm",
     "AdditiveAttention",
+    "AttentionPooling",
     "DecoderCache",
     "FeedForward",
     "KVCache",

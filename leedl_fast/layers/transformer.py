@@ -37,6 +37,7 @@ class TransformerEncoderLayer(nn.Module):
         norm_first: normalise the input of each sublayer (pre-norm) instead of the sum (post-norm).
         eps: see AddLayerNorm.
         bias: whether linears and norms have biases.
+        score, normalizer: see MultiHeadAttention.
 
     Shapes: x (batch, seqlen, embed_dim), key_lengths int64 (batch,); returns x's shape.
     """
@@ -58,6 +59,8 @@ class TransformerEncoderLayer(nn.Module):
         norm_first: bool = False,
         eps: float = 1e-5,
         bias: bool = True,
+        score: str = "dot",
+        normalizer: str = "softmax",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -75,6 +78,8 @@ class TransformerEncoderLayer(nn.Module):
             bias=bias,
             rotary=rotary,
             dropout=attention_dropout,
+            score=score,
+            normalizer=normalizer,
             **factory,
         )
         self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias, **factory)

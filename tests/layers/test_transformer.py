@@ -240,3 +240,19 @@ def test_bad_options():
         TransformerEncoder(layers)
     with pytest.raises(ValueError, match="layers must be at least one"):
         TransformerEncoder([])
+
+
+@pytest.mark.parametrize(
+    ("score", "normalizer"), [("additive", "softmax"), ("dot", "relu"), ("dot", "sigmoid")]
+)
+def test_an_encoder_layer_hands_score_and_normalizer_to_its_attention(score, normalizer):
+    torch.manual_seed(0)
+    layer = TransformerEncoderLayer(
+        WIDTH, HEADS, score=score, normalizer=normalizer, norm_first=True
+    )
+    attention = layer.self_attn
+    assert (attention.score, attention.normalizer) == (score, normalizer)
+    x, _ = x_and_memory()
+    after = x + attention(F.layer_norm(x, (WIDTH,)), key_lengths=LENGTHS)
+    expected = after + layer.linear2(F.relu(layer.linear1(F.layer_norm(after, (WIDTH,)))))
+    torch.testing.assert_close(layer(x, key_lengths=LENGTHS), expected)
