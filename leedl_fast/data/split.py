@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,3 +37,35 @@ def shuffled_indices(num_examples: int, batch_size: int, *, seed: int, index: in
 def _order(num_examples: int, seed: int, epoch: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(num_examples, generator=generator).tolist()
+
+
+class LengthBatches:
+    """Batches of examples of about one length, so that little of a batch is padding.
+
+    GROUP batches of `shuffled_indices` are sorted by length together, and then come in an order of
+    their own: a function of the arguments alone, so that training that resumes remembers nothing.
+    """
+
+    GROUP = 32
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self._groups: dict[int, list[list[int]]] = {}
+
+    def __getitem__(self, index: int) -> list[int]:
+        group, place = divmod(index, self.GROUP)
+        if group not in self._groups:
+            self._groups = {group: self._group(group)}
+        return self._groups[group][place]
+
+    def _group(self, group: int) -> list[list[int]]:
+        size = self.batch_size
+        shuffled = [
+            i
+            for index in range(group * self.GROUP, (group + 1) * self.GROUP)
+            for i in shuffled_indices(len(self.lengths), size, seed=self.seed, index=index).tolist()
+        ]
+        shuffled.sort(key=lambda i: self.lengths[i])
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + group)
+        order = torch.randperm(self.GROUP, generator=generator).tolist()
+        return [shuffled[place * size : (place + 1) * size] for place in order]

@@ -1,10 +1,14 @@
-"""Rows of the user's CSV files."""
+"""Rows of the user's CSV files, and tables of numbers."""
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from leedl_fast.data.text import read_text
 
@@ -37,3 +41,21 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> list[tuple[str, ..
     if len(table) < 2:
         raise ValueError(f"data must have at least 2 rows, got {len(table)} in {str(path)!r}")
     return table
+
+
+def read_numbers(path: str | Path) -> Tensor:
+    """A table of numbers in a text file, commas between them: float32 (lines, numbers a line)."""
+    text = read_text(path, "a text file of numbers with commas between them")
+    rows: list[list[float]] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            row = [float(field) for field in line.split(",")]
+        except ValueError:
+            row = []
+        if not row or not all(map(math.isfinite, row)) or (rows and len(row) != len(rows[0])):
+            raise ValueError(
+                "data must be lines of equally many finite numbers, "
+                f"got {line[:40]!r} at line {number} of {str(path)!r}"
+            )
+        rows.append(row)
+    return torch.tensor(rows)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from leedl_fast.training.task import Task
 
 TASKS: dict[str, str] = {
+    "tagger": "leedl_fast.training.tasks.tagger:TaggerTask",
     "bert": "leedl_fast.training.tasks.bert:BERTTask",
     "gpt": "leedl_fast.training.tasks.gpt:GPTTask",
     "gan": "leedl_fast.training.tasks.gan:GANTask",

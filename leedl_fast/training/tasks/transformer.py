@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from leedl_fast.data.split import split_indices
+from leedl_fast.data.split import LengthBatches, split_indices
 from leedl_fast.data.subwords import SubwordVocabulary
 from leedl_fast.data.translations import load_translations
 from leedl_fast.models.decoding import decode
@@ -28,7 +27,6 @@ NUM_VALIDATION_PAIRS = 100
 EVALUATION_BATCH_SIZE = 100
 NUM_EXAMPLES = 8  # held-out pairs that a checkpoint keeps to show, with sources no longer than
 MAX_EXAMPLE_LENGTH = 60  # characters
-GROUP = 32  # batches whose pairs are sorted by length together, so that little is padding
 
 
 @dataclass(frozen=True)
@@ -134,6 +132,9 @@ class TransformerTask(Task):
         if not self.train_tokens:
             limit = self.model.config.max_length
             raise ValueError(f"data must have pairs of at most max_length = {limit} tokens")
+        lengths = [sum(map(len, tokens)) for tokens in self.train_tokens]
+        settings = self.settings
+        self.batches = LengthBatches(lengths, settings.batch_size, seed=settings.seed)
         self.held_out, self.held_out_tokens = self._encoded(data.held_out)
         generator = torch.Generator().manual_seed(self.settings.seed)
         order = torch.randperm(len(self.held_out), generator=generator).tolist()
@@ -156,22 +157,7 @@ class TransformerTask(Task):
 
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """source, source_lengths, target, target_lengths."""
-        group, place = divmod(index, GROUP)
-        return _padded([self.train_tokens[i] for i in self._group(group)[place]])
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 - a task lives as long as its run
-    def _group(self, group: int) -> list[list[int]]:
-        """Batches group * GROUP and the GROUP - 1 after it, each of pairs of about one length."""
-        size = self.settings.batch_size
-        shuffled = [
-            i
-            for index in range(group * GROUP, (group + 1) * GROUP)
-            for i in self.shuffled(len(self.train_tokens), index).tolist()
-        ]
-        shuffled.sort(key=lambda i: sum(map(len, self.train_tokens[i])))
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + group)
-        order = torch.randperm(GROUP, generator=generator).tolist()
-        return [shuffled[place * size : (place + 1) * size] for place in order]
+        return _padded([self.train_tokens[i] for i in self.batches[index]])
 
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         settings = self.settings
