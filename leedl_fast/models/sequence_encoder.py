@@ -21,7 +21,7 @@ from leedl_fast.layers import (
 )
 
 INPUTS = ("embedding", "one-hot")
-POSITIONS = ("sinusoidal", "learned", "given", "none")
+POSITIONS = ("sinusoidal", "learned", "rotary", "given", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,9 @@ class SequenceEncoderConfig:
     vocab_size: number of different pieces, piece 0 included, which is nothing.
     input: "embedding" looks the vectors of pieces up; "one-hot" makes one-hot vectors, and a matrix
         makes those embed_dim wide: the same function, in memory and time that grow with vocab_size.
-    positions: "sinusoidal", "learned", "given" (a table of the user's) or "none"; what a token's
-        vector is added to.
+    positions: "sinusoidal", "learned" or "given" (a table of the user's), a vector per position
+        that is added to the token's; "rotary", which every layer turns its queries and keys by (see
+        RotaryPositionalEncoding); or "none".
     max_length: number of positions.
     num_layers, num_heads, embed_dim: sizes of the layers; with num_layers=0 there are none.
     hidden_dim: width of the feed-forward networks; None means 4 * embed_dim.
@@ -44,7 +45,7 @@ class SequenceEncoderConfig:
 
     vocab_size: int
     input: str = "embedding"
-    positions: str = "sinusoidal"
+    positions: str = "rotary"
     max_length: int = 128
     num_layers: int = 2
     num_heads: int = 4
@@ -184,6 +185,7 @@ def _layer(config: SequenceEncoderConfig) -> nn.Module:
         config.num_heads,
         hidden_dim=config.hidden_dim,
         window=config.window,
+        rotary=config.positions == "rotary",
         activation="gelu",
         dropout=config.dropout,
         norm_first=True,

@@ -14,7 +14,9 @@ IGNORED = -100  # a target that no loss counts
 
 @dataclass(frozen=True, kw_only=True)
 class TaggerConfig(SequenceEncoderConfig):
-    """A SequenceEncoder's, and num_tags, the number of different labels."""
+    """Sizes and options of a Tagger: those of its SequenceEncoder, and num_tags, the number of
+    different labels.
+    """
 
     num_tags: int
 

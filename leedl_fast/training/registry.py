@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, str] = {
     "tagger": "leedl_fast.training.tasks.tagger:TaggerTask",
+    "sentiment": "leedl_fast.training.tasks.sentiment:SentimentTask",
     "bert": "leedl_fast.training.tasks.bert:BERTTask",
     "gpt": "leedl_fast.training.tasks.gpt:GPTTask",
     "gan": "leedl_fast.training.tasks.gan:GANTask",

@@ -38,7 +38,7 @@ class TaggerSettings(Settings):
     max_length positions; None gives the binary digits of the position.
     """
 
-    steps: int = 1000
+    steps: int = 900
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup_steps: int = 100
@@ -78,8 +78,8 @@ class TaggerTask(Task):
     name = "tagger"
     title = "Sequence tagger"
     shows = (
-        "N to N; embedding or one-hot input; sinusoidal, learned, given or no positions; dot and "
-        "additive score; softmax, relu, sigmoid; window; no attention"
+        "N to N; embedding or one-hot input; rotary, sinusoidal, learned, given or no positions; "
+        "dot and additive score; softmax, relu, sigmoid; window; no attention"
     )
     Settings = TaggerSettings
     ModelConfig = TaggerConfig
@@ -99,9 +99,8 @@ class TaggerTask(Task):
         Variant("additive", {"score": "additive"}),
         Variant("relu", {"normalizer": "relu"}),
         Variant("sigmoid", {"normalizer": "sigmoid"}),
+        Variant("window", {"window": 3}),
         Variant("given positions", {"positions": "given"}),
-        Variant("learned positions", {"positions": "learned"}),
-        Variant("window", {"window": 4}),
     )
 
     model: Tagger
