@@ -16,21 +16,23 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """While the context is open, each call of a MultiHeadAttention in `model` leaves its weights
     (batch, num_heads, seqlen_q, seqlen_k), without dropout, under the module's name.
 
-    They are computed a second time, in plain PyTorch: quadratic in time and memory.
+    They are computed a second time, in plain PyTorch: quadratic in time and memory. Of calls with a
+    cache the first one leaves them: a text to go on from, and not each token that is added.
     """
     maps: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Any:
-        def hook(
-            module: Any, arguments: tuple[Tensor, ...], options: dict[str, Any], out: Any
-        ) -> None:
-            kept = {key: value for key, value in options.items() if key != "need_weights"}
-            maps[name] = module.attention_weights(*arguments, **kept).detach()
+        def hook(module: Any, arguments: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+            kept = dict(options)
+            kept.pop("need_weights", None)
+            cache = kept.pop("cache", None)
+            if cache is None or cache.length == 0:
+                maps[name] = module.attention_weights(*arguments, **kept).detach()
 
         return hook
 
     handles = [
-        module.register_forward_hook(hook_of(name), with_kwargs=True)
+        module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, MultiHeadAttention)
     ]

@@ -170,6 +170,16 @@ def test_maps_of_a_models_attention():
     assert maps["first"].shape == (1, HEADS, 4, 4)
 
 
+def test_maps_of_a_text_that_goes_on_in_a_cache():
+    layer = MultiHeadAttention(WIDTH, HEADS, causal=True, window=2, rotary=True)
+    model, cache, x = torch.nn.Sequential(layer), layer.new_cache(), torch.randn(1, 6, WIDTH)
+    with torch.no_grad(), record_attention(model) as maps:
+        layer(x[:, :4], key_lengths=None, cache=cache)
+        layer(x[:, 4:5], cache=cache)
+        layer(x[:, 5:], cache=cache)
+    assert torch.equal(maps["0"], layer.attention_weights(x[:, :4]))
+
+
 def test_empty_batch_and_empty_sequence():
     layer = MultiHeadAttention(WIDTH, HEADS)
     for shape in ((0, 5, WIDTH), (2, 0, WIDTH)):
