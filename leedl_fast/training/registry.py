@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from leedl_fast.training.task import Task
 
 TASKS: dict[str, str] = {
-    "tagger": "leedl_fast.training.tasks.tagger:TaggerTask",
-    "sentiment": "leedl_fast.training.tasks.sentiment:SentimentTask",
     "bert": "leedl_fast.training.tasks.bert:BERTTask",
     "gpt": "leedl_fast.training.tasks.gpt:GPTTask",
     "gan": "leedl_fast.training.tasks.gan:GANTask",
@@ -21,6 +19,8 @@ TASKS: dict[str, str] = {
     "vae": "leedl_fast.training.tasks.autoencoder:VAETask",
     "vqvae": "leedl_fast.training.tasks.autoencoder:VQVAETask",
     "transformer": "leedl_fast.training.tasks.transformer:TransformerTask",
+    "tagger": "leedl_fast.training.tasks.tagger:TaggerTask",
+    "sentiment": "leedl_fast.training.tasks.sentiment:SentimentTask",
 }
 
 
