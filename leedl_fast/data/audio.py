@@ -25,12 +25,17 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            content = file.readframes(file.getnframes())
+            num_samples = file.getnframes()
+            content = file.readframes(num_samples)
     except (wave.Error, EOFError) as error:
         raise ValueError(f"data must be WAV files of PCM, got {str(path)!r}: {error}") from None
-    content = content[: len(content) // (width * channels) * (width * channels)]
-    if not content:
+    if not num_samples:
         raise ValueError(f"data must not be empty, got {str(path)!r} of 0 samples")
+    if len(content) != num_samples * width * channels:
+        raise ValueError(
+            f"data must be whole WAV files, got {str(path)!r} with {len(content)} of "
+            f"{num_samples * width * channels} bytes of sound"
+        )
     if width == 1:  # the only unsigned one
         samples = np.frombuffer(content, np.uint8).astype(np.float32) / 128 - 1
     else:
@@ -59,12 +64,15 @@ def log_mel(samples: Tensor, rate: int, num_mels: int = 40) -> Tensor:
 
     The natural log of the power in num_mels bands, of frames that lie wholly inside the samples.
     """
-    size, step = round(rate * WINDOW_SECONDS), round(rate * STEP_SECONDS)
+    size = round(rate * WINDOW_SECONDS)
     if len(samples) < size:
         raise ValueError(
             f"sound must last at least {WINDOW_SECONDS} s = {size} samples, got {len(samples)}"
         )
-    frames = samples.unfold(0, size, step) * torch.hann_window(size)  # (num_frames, size)
+    # Frame i begins at the sample nearest to i * 10 ms, whatever the rate: the times of labels hold.
+    num_frames = ((len(samples) - size) * 100 + 49) // rate + 1
+    begins = (torch.arange(num_frames) * rate + 50) // 100
+    frames = samples.unfold(0, size, 1)[begins] * torch.hann_window(size)  # (num_frames, size)
     points = 2 ** math.ceil(math.log2(size))
     power = torch.fft.rfft(frames, n=points).abs().square()
     return (power @ mel_filters(num_mels, power.shape[1], rate)).clamp(min=1e-10).log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,20 +15,23 @@ from leedl_fast.data.split import split_indices
 from leedl_fast.data.text import digest, read_text
 from leedl_fast.data.vowels import Utterances
 
+NUM_MELS = 40
+
 
 @dataclass(frozen=True)
 class Recordings:
-    """frames[i] is (num_frames, num_mels) float32, labels[i] int64 (num_frames,), an index into
-    label_names.
+    """frames[i] is (num_frames, NUM_MELS) float32, labels[i] int64 (num_frames,), an index into
+    label_names. rate: samples per second of all of them.
     """
 
     frames: list[Tensor]
     labels: list[Tensor]
     label_names: list[str]
+    rate: int
     digest: str
 
 
-def load_recordings(path: str | Path | None = None, *, num_mels: int = 40) -> Recordings:
+def load_recordings(path: str | Path | None = None) -> Recordings:
     """The data set "call", or a folder of WAV files, each with an RTTM file of the same name.
 
     A frame's label is who speaks in its middle: nobody, one speaker, or several ("a+b").
@@ -36,32 +40,73 @@ def load_recordings(path: str | Path | None = None, *, num_mels: int = 40) -> Re
         files = sorted(fetched_files("call").values())
     else:
         files = sorted(_folder(path).iterdir())
-    sounds = [file for file in files if file.suffix.lower() == ".wav"]
+    sounds = [file for file in files if _is_sound(file)]
     if not sounds:
         raise ValueError(f"data must be a folder with WAV files, got none in {str(path)!r}")
-    frames, names = [], []
-    for sound in sounds:
-        frames.append(log_mel(*read_wav(sound), num_mels))
-        names.append(_speakers(sound.with_suffix(".rttm"), len(frames[-1])))
+    frames, rate = _read_all(sounds)
+    names = [
+        _speakers(sound.with_suffix(".rttm"), len(recording))
+        for sound, recording in zip(sounds, frames, strict=True)
+    ]
     label_names = sorted({name for speakers in names for name in speakers})
-    labels = [torch.tensor([label_names.index(name) for name in speakers]) for speakers in names]
-    return Recordings(frames, labels, label_names, digest(*frames, *labels))
-
-
-def load_spoken(path: str | Path, *, num_mels: int = 40) -> Utterances:
-    """A folder whose subfolders are labels with WAV files in them; a tenth of them is held out."""
-    sounds = sorted(file for file in _folder(path).glob("*/*") if file.suffix.lower() == ".wav")
-    label_names = sorted({sound.parent.name for sound in sounds})
     if len(label_names) < 2:
         raise ValueError(
-            f"data must be a folder with at least 2 subfolders of WAV files, got {label_names} "
+            f"data must have at least 2 different labels, got {label_names} in {str(path)!r}"
+        )
+    labels = [torch.tensor([label_names.index(name) for name in speakers]) for speakers in names]
+    return Recordings(frames, labels, label_names, rate, digest(*frames, *labels))
+
+
+def load_spoken(path: str | Path) -> Utterances:
+    """A folder whose subfolders are labels with WAV files in them; a tenth of each is held out."""
+    sounds: dict[str, list[Path]] = {}
+    for file in sorted(_folder(path).glob("*/*")):
+        if _is_sound(file):
+            sounds.setdefault(file.parent.name, []).append(file)
+    if len(sounds) < 2:
+        raise ValueError(
+            f"data must be a folder with at least 2 subfolders of WAV files, got {sorted(sounds)} "
             f"in {str(path)!r}"
         )
-    train, held_out = split_indices(len(sounds))
-    sounds = [sounds[i] for i in (*train.tolist(), *held_out.tolist())]
-    frames = [log_mel(*read_wav(sound), num_mels) for sound in sounds]
-    labels = torch.tensor([label_names.index(sound.parent.name) for sound in sounds])
-    return Utterances(frames, labels, label_names, len(train), digest(labels, *frames))
+    train: list[tuple[Path, int]] = []
+    held_out: list[tuple[Path, int]] = []
+    for label, (name, files) in enumerate(sounds.items()):
+        if len(files) < 2:
+            raise ValueError(
+                f"data must have at least 2 WAV files in every subfolder, got 1 in {name!r}"
+            )
+        for part, indices in zip((train, held_out), split_indices(len(files)), strict=True):
+            part += [(files[i], label) for i in indices.tolist()]
+    frames, rate = _read_all(file for file, _ in (*train, *held_out))
+    labels = torch.tensor([label for _, label in (*train, *held_out)])
+    return Utterances(frames, labels, list(sounds), len(train), digest(labels, *frames), rate)
+
+
+def read_frames(path: str | Path, rate: int) -> Tensor:
+    """The frames of one WAV file, (num_frames, NUM_MELS) float32, which must have `rate` samples
+    per second.
+    """
+    samples, own_rate = read_wav(path)
+    if own_rate != rate:
+        # Other bands: mel filters reach up to half the rate.
+        raise ValueError(
+            f"sound must have {rate} samples per second, got {own_rate} in {str(path)!r}"
+        )
+    try:
+        return log_mel(samples, rate, NUM_MELS)
+    except ValueError as error:
+        raise ValueError(f"{error} in {str(path)!r}") from None
+
+
+def _read_all(sounds: Iterable[Path]) -> tuple[list[Tensor], int]:
+    """The frames of each, and the samples per second that all have in common."""
+    sounds = list(sounds)
+    rate = read_wav(sounds[0])[1]
+    return [read_frames(sound, rate) for sound in sounds], rate
+
+
+def _is_sound(path: Path) -> bool:
+    return path.suffix.lower() == ".wav"
 
 
 def _folder(path: str | Path) -> Path:

@@ -18,6 +18,7 @@ class Utterances:
 
     frames: each (num_frames, num_features) float32. labels: int64, an index into label_names.
     num_train: the first ones are for training, the others held out.
+    rate: samples per second of the sound that frames were made of by log_mel; None for others.
     """
 
     frames: list[Tensor]
@@ -25,6 +26,7 @@ class Utterances:
     label_names: list[str]
     num_train: int
     digest: str
+    rate: int | None = None
 
 
 def load_vowels() -> Utterances:
