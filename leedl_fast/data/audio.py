@@ -69,7 +69,7 @@ def log_mel(samples: Tensor, rate: int, num_mels: int = 40) -> Tensor:
         raise ValueError(
             f"sound must last at least {WINDOW_SECONDS} s = {size} samples, got {len(samples)}"
         )
-    # Frame i begins at the sample nearest to i * 10 ms, whatever the rate: the times of labels hold.
+    # Frame i begins at the sample nearest to i * 10 ms at any rate: the times of labels hold.
     num_frames = ((len(samples) - size) * 100 + 49) // rate + 1
     begins = (torch.arange(num_frames) * rate + 50) // 100
     frames = samples.unfold(0, size, 1)[begins] * torch.hann_window(size)  # (num_frames, size)

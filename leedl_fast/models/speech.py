@@ -141,9 +141,7 @@ class FrameClassifier(nn.Module):
 
     def loss(self, frames: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mean cross-entropy in nats; targets int64 (batch, seqlen), IGNORED where there is none."""
-        return F.cross_entropy(
-            self(frames, lengths).transpose(1, 2), targets, ignore_index=IGNORED
-        )
+        return F.cross_entropy(self(frames, lengths).transpose(1, 2), targets, ignore_index=IGNORED)
 
 
 class UtteranceClassifier(nn.Module):

@@ -21,6 +21,8 @@ TASKS: dict[str, str] = {
     "transformer": "leedl_fast.training.tasks.transformer:TransformerTask",
     "tagger": "leedl_fast.training.tasks.tagger:TaggerTask",
     "sentiment": "leedl_fast.training.tasks.sentiment:SentimentTask",
+    "speech": "leedl_fast.training.tasks.speech:SpeechTask",
+    "speakers": "leedl_fast.training.tasks.speakers:SpeakersTask",
 }
 
 
