@@ -140,7 +140,7 @@ class FrameClassifier(nn.Module):
         return self.head(self.dropout(self.encoder(frames, lengths)))
 
     def loss(self, frames: Tensor, targets: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy in nats; targets int64 (batch, seqlen), IGNORED where there is none."""
+        """Mean cross-entropy in nats; targets int64 (batch, seqlen), IGNORED where none is."""
         return F.cross_entropy(self(frames, lengths).transpose(1, 2), targets, ignore_index=IGNORED)
 
 
