@@ -60,7 +60,7 @@ def test_broken_files(tmp_path):
     path.write_bytes(floats)
     with pytest.raises(ValueError, match=r"WAV files of PCM, got .*a.wav.*unknown format: 3"):
         read_wav(path)
-    with pytest.raises(ValueError, match="must not be empty, got .* of 0 samples"):
+    with pytest.raises(ValueError, match=r"must not be empty, got .* of 0 samples"):
         read_wav(write_wav(path, []))
     with pytest.raises(ValueError, match="which is no file"):
         read_wav(tmp_path / "none.wav")
@@ -137,14 +137,14 @@ def test_recordings_and_their_labels(tmp_path):
 def test_bad_recordings(tmp_path):
     with pytest.raises(ValueError, match="data must be a folder with WAV files, got none"):
         load_recordings(tmp_path)
-    with pytest.raises(ValueError, match="data must be a folder, got .* which is none"):
+    with pytest.raises(ValueError, match=r"data must be a folder, got .* which is none"):
         load_recordings(tmp_path / "none")
     write_wav(tmp_path / "a.wav", tone(440))
     with pytest.raises(ValueError, match=r"an RTTM file beside each, got .*a\.rttm"):
         load_recordings(tmp_path)
     rttm = tmp_path / "a.rttm"
     rttm.write_text("SPEAKER a 1 soon 0.1 <NA> <NA> ada\n")
-    with pytest.raises(ValueError, match="must be RTTM lines .* got 'SPEAKER a 1 soon"):
+    with pytest.raises(ValueError, match=r"must be RTTM lines .* got 'SPEAKER a 1 soon"):
         load_recordings(tmp_path)
     rttm.write_text("SPEAKER a 1 0.0 9.0 <NA> <NA> ada\n")
     with pytest.raises(ValueError, match=r"at least 2 different labels, got \['ada'\]"):
