@@ -304,7 +304,7 @@ def test_dropout_drops_the_same_entries_whatever_the_tiles(isa: str, dtype: torc
     assert 0.25 < 1 - expected.float().mean() < 0.35
     position = torch.arange(seqlen)
     visible = (position[None, :] - position[:, None]).abs() <= window
-    with cpu.use_isa(isa):
+    with cpu_modules.use_isa(isa):
         assert torch.equal(kept(seqlen, "cpu"), expected)
         assert torch.equal(kept(seqlen, "cpu", window), expected & visible)
         assert torch.equal(kept(1, "cpu"), expected[:, :, :1])
