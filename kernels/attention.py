@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leedl_fast.kernels import attention_decode
-from leedl_fast.kernels.attention_arguments import call_of, heads, tiles_of
+from leedl_fast.kernels.attention_arguments import call_of, descriptors_of, heads, tiles_of
 from leedl_fast.kernels.attention_blocks import blocks_for
 from leedl_fast.kernels.attention_scores import (
     head_of,
@@ -24,7 +24,7 @@ from leedl_fast.kernels.attention_scores import (
     window_of,
 )
 from leedl_fast.kernels.attention_softmax import attend, normalized
-from leedl_fast.kernels.attention_tiles import key_tiles, load_rows, store_rows
+from leedl_fast.kernels.attention_tiles import Matrix, key_tiles, load_rows, store_rows
 
 
 @triton.jit
@@ -36,6 +36,8 @@ def _forward_kernel(
     q,
     k,
     v,
+    k_descriptor,
+    v_descriptor,
     call,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -47,12 +49,13 @@ def _forward_kernel(
     query = place.first + tl.arange(0, BLOCK_M)
     end_query = tl.minimum(place.first + BLOCK_M, place.seqlen_q)
     q_ptr = head_of(q, batch, head, place.first_query)
+    head_k = head // call.group
+    k_ptr = head_of(k, batch, head_k, place.first_key)
+    v_ptr = head_of(v, batch, head_k, place.first_key)
     acc, row_max, row_sum = attend(
         load_rows(q_ptr, query, q.stride_m, place.seqlen_q, call.HEAD_DIM, call.BLOCK_D, True),
-        head_of(k, batch, head // call.group, place.first_key),
-        head_of(v, batch, head // call.group, place.first_key),
-        k.stride_m,
-        v.stride_m,
+        Matrix(k_ptr, k.stride_m, k_descriptor, batch, head_k, place.first_key),
+        Matrix(v_ptr, v.stride_m, v_descriptor, batch, head_k, place.first_key),
         rows_of(call, window, batch, place.sample, head, query[:, None]),
         window.key_end,
         key_tiles(place.first, end_query, window, BLOCK_N),
@@ -104,6 +107,7 @@ def forward(
         heads(q),
         heads(k),
         heads(v),
+        *descriptors_of(blocks, k, v),
         call,
         BLOCK_M=blocks.own,
         BLOCK_N=blocks.step,

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from leedl_fast.kernels.attention_blocks import Blocks
 from leedl_fast.kernels.attention_tiles import padded, precision
 
 
@@ -131,6 +133,29 @@ def call_of(
 def _broadcast(bias: Tensor) -> Heads:
     strides = zip(bias.stride()[:3], bias.shape[:3], strict=True)
     return Heads(bias, *(stride if size > 1 else 0 for stride, size in strides))
+
+
+def descriptors_of(blocks: Blocks, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Of tiles of blocks.step rows of one head; all None where blocks asks for none, or a tensor is
+    not made for them: they take addresses and strides in multiples of 16 bytes, and no empty or
+    repeated dimension.
+    """
+    if not (blocks.descriptors and all(map(_is_describable, tensors))):
+        return [None] * len(tensors)
+    return [
+        TensorDescriptor(x, x.shape, x.stride(), [1, 1, blocks.step, padded(x.shape[3])])
+        for x in tensors
+    ]
+
+
+def _is_describable(x: Tensor) -> bool:
+    bytes_apart = [stride * x.element_size() for stride in x.stride()[:3]]
+    return (
+        x.data_ptr() % 16 == 0
+        and all(bytes % 16 == 0 for bytes in bytes_apart)
+        and all(bytes_apart)
+        and x.numel() > 0
+    )
 
 
 def statistics_of(problem: Any, row_max: Tensor, row_sum: Tensor) -> Statistics:

@@ -18,6 +18,7 @@ from leedl_fast.kernels.attention_arguments import (
     Call,
     Statistics,
     call_of,
+    descriptors_of,
     heads,
     statistics_of,
     tiles_of,
@@ -38,9 +39,11 @@ from leedl_fast.kernels.attention_scores import (
     window_of,
 )
 from leedl_fast.kernels.attention_tiles import (
+    Matrix,
     dot,
     key_tiles,
     load_rows,
+    load_tile,
     query_tiles,
     sees_one_key,
     store_rows,
@@ -82,10 +85,8 @@ def _add_to_dq(
     q,
     dout,
     of_rows,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
+    k,
+    v,
     rows,
     key_end,
     begin,
@@ -97,20 +98,21 @@ def _add_to_dq(
 ):
     """Adds what key tiles begin .. end - 1 give to dq."""
     for tile in range(begin, end):
-        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        first = tile * BLOCK_N
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        k = load_rows(k_ptr, key, k_stride, key_end, call.HEAD_DIM, call.BLOCK_D, MASKED)
-        product = dot(q, tl.trans(k), zeros, call.PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores, capped = score(product, rows, key[None, :], call, MASKED)
+        k_rows = load_tile(k, first, key_end, BLOCK_N, call.HEAD_DIM, call.BLOCK_D, MASKED)
+        product = dot(q, tl.trans(k_rows), zeros, call.PRECISION)  # [BLOCK_M, BLOCK_N]
+        key = (first + tl.arange(0, BLOCK_N))[None, :]
+        scores, capped = score(product, rows, key, call, MASKED)
         p = probability(scores, of_rows, call)
-        v = load_rows(v_ptr, key, v_stride, key_end, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
-        dp = dot(dout, tl.trans(v), zeros, call.PRECISION)
+        v_rows = load_tile(v, first, key_end, BLOCK_N, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
+        dp = dot(dout, tl.trans(v_rows), zeros, call.PRECISION)
         kept = None
         if call.seed is not None:
-            kept = is_kept(rows.query, rows, tile * BLOCK_N, call, BLOCK_M, BLOCK_N)
+            kept = is_kept(rows.query, rows, first, call, BLOCK_M, BLOCK_N)
         ds = score_gradient(p, dp, kept, of_rows, rows, call, MASKED)
         ds = product_gradient(ds, capped, call)
-        dq = dot(ds.to(k.dtype), k, dq, call.PRECISION)  # [BLOCK_M, BLOCK_D]
+        dq = dot(ds.to(k_rows.dtype), k_rows, dq, call.PRECISION)  # [BLOCK_M, BLOCK_D]
     return dq
 
 
@@ -121,6 +123,8 @@ def _query_kernel(
     q,
     k,
     v,
+    k_descriptor,
+    v_descriptor,
     statistics,
     call,
     BLOCK_M: tl.constexpr,
@@ -138,6 +142,9 @@ def _query_kernel(
     q_rows = load_rows(q_ptr, query, q.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D, True)
     dout_ptr = head_of(dout, batch, head, place.first_query)
     do = load_rows(dout_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    head_k = head // call.group
+    k_ptr = head_of(k, batch, head_k, place.first_key)
+    v_ptr = head_of(v, batch, head_k, place.first_key)
     row = statistics_row(call, place, head) + query
     acc = tl.zeros((BLOCK_M, call.BLOCK_D), tl.float32)
     of_rows = load_statistics(statistics, row[:, None], (query < seqlen_q)[:, None], call)
@@ -147,10 +154,8 @@ def _query_kernel(
             q_rows,
             do,
             of_rows,
-            head_of(k, batch, head // call.group, place.first_key),
-            head_of(v, batch, head // call.group, place.first_key),
-            k.stride_m,
-            v.stride_m,
+            Matrix(k_ptr, k.stride_m, k_descriptor, batch, head_k, place.first_key),
+            Matrix(v_ptr, v.stride_m, v_descriptor, batch, head_k, place.first_key),
             rows_of(call, window, batch, place.sample, head, query[:, None]),
             window.key_end,
             tiles[part],
@@ -173,8 +178,9 @@ def _add_to_dk_dv(
     v,
     q,
     dout,
+    q_descriptor,
+    dout_descriptor,
     statistics,
-    key,
     first_key,
     place,
     window,
@@ -194,31 +200,31 @@ def _add_to_dk_dv(
     first_row = statistics_row(call, place, first_head)
     q_ptr = head_of(q, batch, first_head, place.first_query)
     dout_ptr = head_of(dout, batch, first_head, place.first_query)
+    key = (first_key + tl.arange(0, BLOCK_N))[:, None]
     tiles = end - begin
     for i in range(0, call.group * tiles):
         in_group = (i // tiles).to(tl.int64)
         head = first_head + in_group
-        query = (begin + i % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+        first = (begin + i % tiles) * BLOCK_M
+        query = first + tl.arange(0, BLOCK_M)
         rows = rows_of(call, window, batch, place.sample, head, query[None, :])
         row = first_row + in_group * call.seqlen_q + query
         of_rows = load_statistics(statistics, row[None, :], (query < seqlen_q)[None, :], call)
         zeros = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        head_ptr = q_ptr + in_group * q.stride_h
-        q_rows = load_rows(
-            head_ptr, query, q.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D, MASKED
-        )
+        ptr = q_ptr + in_group * q.stride_h
+        of_head = Matrix(ptr, q.stride_m, q_descriptor, batch, head, place.first_query)
+        q_rows = load_tile(of_head, first, seqlen_q, BLOCK_M, call.HEAD_DIM, call.BLOCK_D, MASKED)
         product = dot(k, tl.trans(q_rows), zeros, call.PRECISION)  # [BLOCK_N, BLOCK_M]
-        scores, capped = score(product, rows, key[:, None], call, MASKED)
+        scores, capped = score(product, rows, key, call, MASKED)
         p = probability(scores, of_rows, call)
         kept = None
         dropped = p
         if call.seed is not None:
             kept = tl.trans(is_kept(query[:, None], rows, first_key, call, BLOCK_M, BLOCK_N))
             dropped = tl.where(kept, p, 0.0)
-        head_ptr = dout_ptr + in_group * dout.stride_h
-        do = load_rows(
-            head_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, MASKED
-        )
+        ptr = dout_ptr + in_group * dout.stride_h
+        of_head = Matrix(ptr, dout.stride_m, dout_descriptor, batch, head, place.first_query)
+        do = load_tile(of_head, first, seqlen_q, BLOCK_M, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
         dv = dot(dropped.to(do.dtype), do, dv, call.PRECISION)  # [BLOCK_N, BLOCK_DV]
         dp = dot(v, tl.trans(do), zeros, call.PRECISION)
         ds = score_gradient(p, dp, kept, of_rows, rows, call, MASKED)
@@ -235,6 +241,8 @@ def _key_value_kernel(
     q,
     k,
     v,
+    q_descriptor,
+    dout_descriptor,
     statistics,
     call,
     BLOCK_N: tl.constexpr,
@@ -261,8 +269,9 @@ def _key_value_kernel(
             v_rows,
             q,
             dout,
+            q_descriptor,
+            dout_descriptor,
             statistics,
-            key,
             place.first,
             place,
             window,
@@ -308,13 +317,16 @@ def backward(
     statistics = statistics_of(problem, row_max, row_sum)
     if statistics.delta is not None:
         _fill_delta(problem, statistics, dsinks, dlse, dout, out, call)
-    tensors = heads(dout), heads(q), heads(k), heads(v), statistics, call
+    tensors = heads(dout), heads(q), heads(k), heads(v)
     if dq.numel():
         blocks = blocks_for("query", problem)
         tiles = tiles_of(problem, problem.seqlen_q, blocks.own)
         _query_kernel[(problem.batch * problem.num_heads * tiles,)](
             heads(dq),
             *tensors,
+            *descriptors_of(blocks, k, v),
+            statistics,
+            call,
             BLOCK_M=blocks.own,
             BLOCK_N=blocks.step,
             num_warps=blocks.num_warps,
@@ -328,6 +340,9 @@ def backward(
             heads(dk),
             heads(dv),
             *tensors,
+            *descriptors_of(blocks, q, dout),
+            statistics,
+            call,
             BLOCK_N=blocks.own,
             BLOCK_M=blocks.step,
             num_warps=blocks.num_warps,
@@ -335,7 +350,7 @@ def backward(
             enable_fp_fusion=False,
         )
     if problem.wants_dbias:
-        attention_bias.backward(problem, dbias, *tensors)
+        attention_bias.backward(problem, dbias, *tensors, statistics, call)
 
 
 def _fill_delta(

@@ -20,12 +20,14 @@ class Blocks(NamedTuple):
     """Tile sizes of one kernel: the rows that a program owns, and those of a step of its loop.
 
     "decode" owns so many keys and steps through them; "bias" owns queries and a step of keys.
+    descriptors: whether tiles that need no mask are loaded by tensor descriptors.
     """
 
     own: int
     step: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
 
 
 class Key(NamedTuple):

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels.attention_arguments import Call, heads
+from leedl_fast.kernels.attention_arguments import Call, descriptors_of, heads
 from leedl_fast.kernels.attention_blocks import blocks_for
 from leedl_fast.kernels.attention_scores import head_of, rows_of
 from leedl_fast.kernels.attention_softmax import attend, normalized
 from leedl_fast.kernels.attention_tiles import (
+    Matrix,
     Window,
     key_end_of,
     key_tiles,
@@ -55,6 +56,8 @@ def _split_kernel(
     q,
     k,
     v,
+    k_descriptor,
+    v_descriptor,
     call,
     first_split,
     num_splits,
@@ -84,10 +87,8 @@ def _split_kernel(
     q_ptr = q.ptr + batch * q.stride_b + (head * q.stride_h)[:, None]
     acc, row_max, row_sum = attend(
         load_rows(q_ptr, query, q.stride_m, call.seqlen_q, call.HEAD_DIM, call.BLOCK_D, True),
-        head_of(k, batch, head_k, 0),
-        head_of(v, batch, head_k, 0),
-        k.stride_m,
-        v.stride_m,
+        Matrix(head_of(k, batch, head_k, 0), k.stride_m, k_descriptor, batch, head_k, 0),
+        Matrix(head_of(v, batch, head_k, 0), v.stride_m, v_descriptor, batch, head_k, 0),
         rows_of(call, window, batch, batch, head[:, None], query[:, None]),
         window.key_end,
         (
@@ -185,6 +186,7 @@ def forward(
         heads(q),
         heads(k),
         heads(v),
+        *descriptors_of(blocks, k, v),
         call,
         splits.first,
         splits.count,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from leedl_fast.kernels.attention_scores import LOG2_E, activation, is_kept, score
-from leedl_fast.kernels.attention_tiles import dot, load_rows
+from leedl_fast.kernels.attention_tiles import dot, load_tile
 
 _LN2 = tl.constexpr(math.log(2))
 
@@ -17,10 +17,8 @@ def _attend(
     row_max,
     row_sum,
     q,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
+    k,
+    v,
     rows,
     key_end,
     begin,
@@ -31,11 +29,12 @@ def _attend(
 ):
     BLOCK_M: tl.constexpr = acc.shape[0]
     for tile in range(begin, end):
-        key = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, key, k_stride, key_end, call.HEAD_DIM, call.BLOCK_D, MASKED)
+        first = tile * BLOCK_N
+        k_rows = load_tile(k, first, key_end, BLOCK_N, call.HEAD_DIM, call.BLOCK_D, MASKED)
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        product = dot(q, tl.trans(k), zeros, call.PRECISION)  # [BLOCK_M, BLOCK_N]
-        scores, _ = score(product, rows, key[None, :], call, MASKED)
+        product = dot(q, tl.trans(k_rows), zeros, call.PRECISION)  # [BLOCK_M, BLOCK_N]
+        key = (first + tl.arange(0, BLOCK_N))[None, :]
+        scores, _ = score(product, rows, key, call, MASKED)
         if call.NORMALIZER == "softmax":
             new_max = tl.maximum(row_max, tl.max(scores, 1))
             base = new_max * call.factor
@@ -49,22 +48,20 @@ def _attend(
         else:
             p = activation(scores, call)
         if call.seed is not None:
-            kept = is_kept(rows.query, rows, tile * BLOCK_N, call, BLOCK_M, BLOCK_N)
+            kept = is_kept(rows.query, rows, first, call, BLOCK_M, BLOCK_N)
             p = tl.where(kept, p, 0.0)
-        v = load_rows(v_ptr, key, v_stride, key_end, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
+        v_rows = load_tile(v, first, key_end, BLOCK_N, call.HEAD_DIM_V, call.BLOCK_DV, MASKED)
         if call.NORMALIZER == "softmax":
             acc = acc * rescale[:, None]
-        acc = dot(p.to(v.dtype), v, acc, call.PRECISION)  # [BLOCK_M, BLOCK_DV]
+        acc = dot(p.to(v_rows.dtype), v_rows, acc, call.PRECISION)  # [BLOCK_M, BLOCK_DV]
     return acc, row_max, row_sum
 
 
 @triton.jit
 def attend(
     q,
-    k_ptr,
-    v_ptr,
-    k_stride,
-    v_stride,
+    k,
+    v,
     rows,
     key_end,
     tiles,
@@ -73,7 +70,8 @@ def attend(
     BLOCK_N: tl.constexpr,
 ):
     """(acc, row_max, row_sum) over the key tiles (begin, inner_begin, inner_end, end): the sum of
-    p v, the largest score, and the sum of p, powers of two relative to row_max * factor.
+    p v, the largest score, and the sum of p, powers of two relative to row_max * factor. k and v
+    are each a Matrix.
     """
     acc = tl.zeros((BLOCK_M, call.BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -84,10 +82,8 @@ def attend(
             row_max,
             row_sum,
             q,
-            k_ptr,
-            v_ptr,
-            k_stride,
-            v_stride,
+            k,
+            v,
             rows,
             key_end,
             tiles[part],

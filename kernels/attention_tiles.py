@@ -13,6 +13,19 @@ import triton.language as tl
 _PROMOTE_DOT = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
+class Matrix(NamedTuple):
+    """The rows of one head. ptr is the first; descriptor, a tensor descriptor of tiles of rows or
+    None, finds it at (batch, head, first_row).
+    """
+
+    ptr: Any
+    stride: Any
+    descriptor: Any
+    batch: Any
+    head: Any
+    first_row: Any
+
+
 class Window(NamedTuple):
     """Query i < seqlen_q sees key j < key_end when i + shift - window_left <= j <= i + shift +
     window_right, with shift = seqlen_k - seqlen_q.
@@ -135,6 +148,29 @@ def load_rows(
         tile = tl.load(pointer, (column < DIM)[None, :], other=0)
     else:
         tile = tl.load(pointer)
+    return tile
+
+
+@triton.jit
+def load_tile(
+    matrix,
+    first,
+    row_end,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows first .. first + ROWS - 1, as load_rows has them; by the descriptor, if there is one,
+    where no row needs a mask: one instruction copies the tile to shared memory.
+    """
+    if MASKED or matrix.descriptor is None:
+        row = first + tl.arange(0, ROWS)
+        tile = load_rows(matrix.ptr, row, matrix.stride, row_end, DIM, BLOCK, MASKED)
+    else:
+        row = (matrix.first_row + first).to(tl.int32)
+        place = [matrix.batch.to(tl.int32), matrix.head.to(tl.int32), row, 0]
+        tile = matrix.descriptor.load(place).reshape(ROWS, BLOCK)
     return tile
 
 
