@@ -17,7 +17,12 @@ from torch import Tensor
 from leedl_fast.backends import triton as triton_backend
 from leedl_fast.kernels import add_layer_norm as forward_kernels
 from leedl_fast.kernels import add_layer_norm_backward as backward_kernels
-from leedl_fast.kernels import attention_decode, attention_tiles
+from leedl_fast.kernels import (
+    attention_arguments,
+    attention_blocks,
+    attention_decode,
+    attention_tiles,
+)
 from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
@@ -212,6 +217,48 @@ def test_attention_reads_no_padding() -> None:
 
     for with_nan, without in zip(run(q, *poisoned), run(q, k, v), strict=True):
         assert torch.equal(_bits(with_nan), _bits(without))
+
+
+def test_tensor_descriptors_load_what_pointers_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with NaN in the padding, for one head_dim that fills its tile and one that does
+    not; and strides that descriptors cannot have are loaded by pointers.
+    """
+    described = []
+
+    def record(x: Tensor) -> bool:
+        described.append(is_describable(x))
+        return described[-1]
+
+    is_describable = attention_arguments._is_describable
+    monkeypatch.setattr(attention_arguments, "_is_describable", record)
+    lengths = torch.tensor([200, 101, 0])
+    for head_dim, expected in ((16, True), (20, True), (18, False)):
+        q, k, v = torch.randn(3, 3, 4, 200, head_dim)
+        k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
+        for sample, length in enumerate(lengths.tolist()):
+            k[sample, :, length:] = v[sample, :, length:] = torch.nan
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            leaves = [x.clone().requires_grad_() for x in tensors]
+            out = attention(*leaves, key_lengths=lengths, window=(120, 90), backend="triton")
+            return out, *torch.autograd.grad(out.square().sum(), leaves)
+
+        by_pointers = run(q, k, v)
+        assert not described
+        with monkeypatch.context() as patch:
+            patch.setattr(attention_blocks, "_BLOCKS", _with_descriptors())
+            by_descriptors = run(q, k, v)
+        assert set(described) == {expected}
+        described.clear()
+        for ours, theirs in zip(by_descriptors, by_pointers, strict=True):
+            assert torch.equal(_bits(ours), _bits(theirs))
+
+
+def _with_descriptors() -> dict[Any, Any]:
+    return {
+        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
+        for key, row in attention_blocks._BLOCKS.items()
+    }
 
 
 def test_attention_of_a_sample_does_not_depend_on_its_batch() -> None:
