@@ -63,6 +63,8 @@ def _tune_one(
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
+    from leedl_fast.kernels.attention_blocks import architecture
+
     kernel, _, head_dim, narrow = key
     before = table.pop(key, None)
     run = _problem(kernel, head_dim, narrow, dtype, device)
@@ -74,7 +76,7 @@ def _tune_one(
         except (OutOfResources, PTXASError):
             return None
 
-    found = fastest(candidates(kernel), milliseconds)
+    found = fastest(candidates(kernel, architecture(device) == "hopper"), milliseconds)
     if found is None:
         table.pop(key)
         if before is not None:
@@ -97,18 +99,21 @@ def fastest(
     return option, time
 
 
-def candidates(kernel: str) -> list[tuple]:
-    """Tile sizes worth a try, of attention_blocks.Blocks."""
+def candidates(kernel: str, with_descriptors: bool = False) -> list[tuple]:
+    """Tile sizes worth a try, of attention_blocks.Blocks; each by pointers and, if asked for, by
+    tensor descriptors, which the "bias" kernel has no use for.
+    """
     from leedl_fast.kernels.attention_blocks import Blocks
 
     owns = {"decode": (128, 256, 512), "forward": (64, 128)}.get(kernel, (32, 64, 128))
     return [
-        Blocks(own, step, num_warps, num_stages)
+        Blocks(own, step, num_warps, num_stages, descriptors)
         for own in owns
         for step in (32, 64, 128)
         if own * step <= 128 * 128 or kernel == "decode"
         for num_warps in (4, 8)
         for num_stages in (1, 2, 3)
+        for descriptors in ((False, True) if with_descriptors and kernel != "bias" else (False,))
     ]
 
 
