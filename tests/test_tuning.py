@@ -55,6 +55,16 @@ def test_candidates_divide_what_a_program_owns(kernel: str) -> None:
         assert all(blocks.own % blocks.step == 0 for blocks in found)
 
 
+@pytest.mark.parametrize("major", [8, 9, 10])
+def test_hopper_alone_takes_descriptors(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    takes = tuning.takes_descriptors(torch.device("cuda"))
+    assert takes == (major == 9)
+    found = tuning.candidates("query", takes)
+    assert any(blocks.descriptors for blocks in found) == (major == 9)
+
+
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     table = {
         Key("forward", 2, 64): Blocks(1, 2, 3, 4),

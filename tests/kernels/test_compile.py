@@ -264,19 +264,20 @@ def test_spills_are_seen(tmp_path: Path) -> None:
     assert _spilled(kernels[0], tmp_path) > 0
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_interior_tiles_are_loaded_by_descriptors(target: str, tmp_path: Path) -> None:
-    """In the forward pass and both loops of the backward one, where the table asks for them."""
+def test_interior_tiles_are_loaded_by_descriptors(tmp_path: Path) -> None:
+    """In the forward pass and both loops of the backward one, where the table asks for them: on
+    Hopper, as `tuning.takes_descriptors` has it.
+    """
     described = {
         key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
         for key, row in attention_blocks._BLOCKS.items()
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_blocks, "_BLOCKS", described)
-        kernels = _compile(TARGETS[target], _attention(bfloat16, 128, window=1024))
+        kernels = _compile(TARGETS["sm_90"], _attention(bfloat16, 128, window=1024))
     with_loop = [kernel for kernel in kernels if kernel.metadata.name != "_delta_kernel"]
     assert len(with_loop) == 3
     for kernel in with_loop:
         assert "cp.async.bulk.tensor" in kernel.asm["ptx"], kernel.metadata.name
         assert _spilled(kernel, tmp_path) == 0, kernel.metadata.name
-        assert kernel.metadata.shared <= SHARED_MEMORY[target], kernel.metadata.name
+        assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"], kernel.metadata.name
