@@ -44,7 +44,7 @@ class Side:
 @dataclass(frozen=True)
 class Comparison:
     """outputs, gradients: the largest difference in the first batch, over the largest value;
-    infinite where a parameter has a gradient on one side only.
+    infinite where a number is NaN or a parameter has a gradient on one side only.
     curve: the largest difference of losses, over the first loss.
     """
 
@@ -86,7 +86,8 @@ def compare_backends(run: RunConfig, backend: str) -> Comparison:
 
 def _difference(expected: Tensor, got: Tensor) -> float:
     largest = expected.abs().max().clamp(min=1e-6)  # a gradient of zero may differ by rounding
-    return ((got - expected).abs().max() / largest).item()
+    difference = ((got - expected).abs().max() / largest).item()
+    return math.inf if math.isnan(difference) else difference  # max(1.0, nan) is 1.0
 
 
 def _side(run: RunConfig, backend: str) -> Side:
@@ -127,12 +128,12 @@ def write_numbers(comparison: Comparison, path: Path) -> None:
         "options": dataclasses.asdict(run.settings) | dict(run.model),
         "agrees": comparison.agrees,
         "differences": {
-            "outputs": {"got": comparison.outputs, "allowed": TOLERANCE},
-            "gradients": {
-                "got": comparison.gradients if math.isfinite(comparison.gradients) else None,
-                "allowed": TOLERANCE,
-            },
-            "losses": {"got": comparison.curve, "allowed": CURVE_TOLERANCE},
+            name: {"got": got if math.isfinite(got) else None, "allowed": allowed}
+            for name, got, allowed in (
+                ("outputs", comparison.outputs, TOLERANCE),
+                ("gradients", comparison.gradients, TOLERANCE),
+                ("losses", comparison.curve, CURVE_TOLERANCE),
+            )
         },
         "backends": {
             name: {"step_time": side.step_time, "memory": side.memory, "losses": side.losses}

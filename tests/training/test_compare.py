@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from math import nan
 
 import pytest
 import torch
@@ -88,6 +89,8 @@ def sides(monkeypatch):
         ("losses", lambda side: {"losses": [*side.losses[:-1], 1.6]}),
         ("gradients", lambda side: {"gradients": side.gradients | {"bias": torch.zeros(4)}}),
         ("gradients", lambda side: {"gradients": {"weight": side.gradients["weight"]}}),
+        ("gradients", lambda side: {"gradients": side.gradients | {"bias": torch.full((4,), nan)}}),
+        ("outputs", lambda side: {"outputs": side.outputs * nan}),
     ],
 )
 def test_what_differs_is_exit_code_1(command, sides, tmp_path, what, changes):
