@@ -258,7 +258,7 @@ class ForwardTask {
     const int64_t depth = depth_of<E>(sizes_.head_dim);
     A* scores = scratch_.scores;
     multiply_scores(score_runs(rows), depth, scratch_.queries, scratch_.keys + column_begin * depth, columns / kLanes,
-                    scores, kForwardPitch);
+                    scores);
 
     const int64_t origin = block_begin_ + column_begin;
     if (scores_.modified()) {

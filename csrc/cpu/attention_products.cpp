@@ -8,8 +8,7 @@ constexpr int64_t kProductVecs = 3;  // beside kHalfRows rows
 }  // namespace
 
 template <typename E>
-void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, SumOf<E>* scores,
-                     int64_t pitch) {
+void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, SumOf<E>* scores) {
   using A = SumOf<E>;
   constexpr int64_t kLanes = Vec<A>::kSize;
   const int64_t run = (depth + runs - 1) / runs;
@@ -18,7 +17,7 @@ void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels
       tile_rows<kHalfRows, TileLayout<kHeadPitch, 1>, kProductVecs>(
           std::min(run, depth - k), rows + k, panels + k * kLanes, depth * kLanes, count,
           [&](int64_t row, int64_t panel, Vec<A> value) {
-            A* to = scores + (half + row) * pitch + panel * kLanes;
+            A* to = scores + (half + row) * kForwardPitch + panel * kLanes;
             (k == 0 ? value : Vec<A>::load(to) + value).store(to);
           });
     }
@@ -39,7 +38,7 @@ void multiply_values(int64_t depth, const E* p, const E* values, int64_t panel_s
 }
 
 #define LEEDL_PRODUCTS(E)                                                                                            \
-  template void multiply_scores<E>(int64_t, int64_t, const E*, const E*, int64_t, SumOf<E>*, int64_t);               \
+  template void multiply_scores<E>(int64_t, int64_t, const E*, const E*, int64_t, SumOf<E>*);                        \
   template void multiply_values<E>(int64_t, const E*, const E*, int64_t, int64_t, const SumOf<E>*, SumOf<E>*);
 
 LEEDL_PRODUCTS(float)

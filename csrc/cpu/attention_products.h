@@ -1,4 +1,4 @@
-// The matrix products of attention, for operands of float, double and pairs of bfloat16 numbers; see gemm.h.
+// The matrix products of attention, forward, for operands of float, double and pairs of bfloat16 numbers; see gemm.h.
 #pragma once
 
 #include "attention.h"
@@ -8,16 +8,13 @@ namespace leedl {
 template <typename E>
 using SumOf = typename Operand<E>::Sum;
 
-// Rows of a strip's scores, 37 cache lines of floats apart in the forward pass and 17 in the backward pass: odd numbers,
-// so that they spread over the cache's sets.
+// Rows of a strip's scores are 37 cache lines of floats apart: odd, so that they spread over the cache's sets.
 constexpr int64_t kForwardPitch = 592;
-constexpr int64_t kBackwardPitch = 272;
 
-// scores = rows . panels for the kStripRows rows of a strip, kHeadPitch apart, and `count` panels; the products of each
-// score are summed in `runs` runs one after the other.
+// scores = rows . panels for the kStripRows rows of a strip, kHeadPitch apart, and `count` panels; the scores' rows are
+// kForwardPitch apart. The products of each score are summed in `runs` runs one after the other.
 template <typename E>
-void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, SumOf<E>* scores,
-                     int64_t pitch);
+void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, SumOf<E>* scores);
 
 // out = P . V, or out * rescale + P . V where rescale is not null, for kHalfRows rows of P, kForwardPitch apart. Rows of
 // out are `panels` vectors apart.

@@ -223,10 +223,6 @@ inline __attribute__((always_inline)) void transpose(const void* source, int64_t
 
 #endif
 
-}  // namespace detail
-
-namespace detail {
-
 // A copy of the rows that one panel is made of. Transposing them where they are reads all of them side by side, which
 // processors do not foresee; the copy reads one after the other, at the speed of memory.
 template <typename Stored, int64_t kRows>

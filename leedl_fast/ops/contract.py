@@ -89,12 +89,13 @@ def resolver(op: str, check: Callable[..., Any]) -> Callable[..., tuple[Any, Imp
     memo = functools.lru_cache(maxsize=4096)(resolve)
 
     def lookup(backend: str | None, *key: Any) -> tuple[Any, Implementation]:
+        backend = requested(backend)
         if torch.compiler.is_compiling():
-            return resolve(requested(backend), *key)
+            return resolve(backend, *key)
         try:
-            return memo(requested(backend), *key)
+            return memo(backend, *key)
         except TypeError:  # an unhashable argument or a wrong type: the check says what is wrong
-            return resolve(requested(backend), *key)
+            return resolve(backend, *key)
 
     return lookup
 
