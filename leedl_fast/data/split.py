@@ -1,12 +1,26 @@
-"""Which examples train and which are held out, and in which order: formulas of a seed."""
+"""Which examples train, are held out or are shown, and in which order: formulas of a seed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Examples = TypeVar("Examples", Tensor, list)
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """The random numbers of the part `index` (a batch, an epoch) of a run: those of no other."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+
+
+def spread(examples: Examples, count: int) -> Examples:
+    """`count` of the examples, evenly spaced from the first one on; all where there are fewer."""
+    step = max(1, len(examples) // count)
+    return examples[::step][:count]
 
 
 def split_indices(
@@ -35,8 +49,7 @@ def shuffled_indices(num_examples: int, batch_size: int, *, seed: int, index: in
 
 @functools.lru_cache(maxsize=4)
 def _order(num_examples: int, seed: int, epoch: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_examples, generator=generator).tolist()
+    return torch.randperm(num_examples, generator=generator_of(seed, epoch)).tolist()
 
 
 class LengthBatches:
@@ -66,6 +79,5 @@ class LengthBatches:
             for i in shuffled_indices(len(self.lengths), size, seed=self.seed, index=index).tolist()
         ]
         shuffled.sort(key=lambda i: self.lengths[i])
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + group)
-        order = torch.randperm(self.GROUP, generator=generator).tolist()
+        order = torch.randperm(self.GROUP, generator=generator_of(self.seed, group)).tolist()
         return [shuffled[place * size : (place + 1) * size] for place in order]

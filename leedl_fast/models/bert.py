@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from leedl_fast.layers import AddLayerNorm, TransformerEncoder, TransformerEncoderLayer
 from leedl_fast.layers.feed_forward import activation_function
-from leedl_fast.ops.linear_cross_entropy import linear_cross_entropy
-
-IGNORED = -100  # a target that no loss counts
+from leedl_fast.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leedl_fast.models.bert import BERT, IGNORED, initialise
+from leedl_fast.models.bert import BERT, initialise
+from leedl_fast.ops.linear_cross_entropy import IGNORED
 
 
 class FineTunedBERT(nn.Module):

@@ -15,8 +15,8 @@ from leedl_fast.layers import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from leedl_fast.ops.linear_cross_entropy import IGNORED
 
-IGNORED = -100  # the target of a frame that no loss counts
 POSITIONS = ("sinusoidal", "rotary", "none")
 
 

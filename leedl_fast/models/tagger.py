@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from leedl_fast.models.sequence_encoder import SequenceEncoder, SequenceEncoderConfig
 from leedl_fast.ops.linear_cross_entropy import linear_cross_entropy
 
-IGNORED = -100  # a target that no loss counts
-
 
 @dataclass(frozen=True, kw_only=True)
 class TaggerConfig(SequenceEncoderConfig):

@@ -24,10 +24,9 @@ from leedl_fast.layers import (
     TransformerEncoderLayer,
 )
 from leedl_fast.models.pointing import CopyAttention, guided_attention_loss
-from leedl_fast.ops.linear_cross_entropy import linear_cross_entropy
+from leedl_fast.ops.linear_cross_entropy import IGNORED, linear_cross_entropy
 
 PAD, BEGIN, END = 0, 1, 2  # the first tokens of every vocabulary
-IGNORED = -100  # a target that no loss counts
 
 
 @dataclass(frozen=True)

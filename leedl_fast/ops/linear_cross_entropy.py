@@ -19,6 +19,7 @@ from leedl_fast.ops.contract import (
 from leedl_fast.ops.heads import Kind, kind, last_contiguous
 
 REDUCTIONS = ("mean", "sum", "none")
+IGNORED = -100  # torch's number for a target that no loss counts
 
 
 class Problem(NamedTuple):
@@ -50,7 +51,7 @@ def linear_cross_entropy(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORED,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     backend: str | None = None,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from leedl_fast.data.split import shuffled_indices
+from leedl_fast.data.split import generator_of, shuffled_indices
 from leedl_fast.training.settings import RunConfig, Settings, settable_fields
 
 try:
@@ -182,6 +182,10 @@ class Task(lightning.LightningModule):
         """Which examples batch `index` has, int64 (batch_size,)."""
         settings = self.settings
         return shuffled_indices(num_examples, settings.batch_size, seed=settings.seed, index=index)
+
+    def generator(self, index: int) -> torch.Generator:
+        """The random numbers of batch `index`."""
+        return generator_of(self.settings.seed, index)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.losses(batch)

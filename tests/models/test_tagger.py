@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from leedl_fast.models.tagger import IGNORED, Tagger, TaggerConfig
+from leedl_fast.models.tagger import Tagger, TaggerConfig
+from leedl_fast.ops.linear_cross_entropy import IGNORED
 
 SIZES = {"vocab_size": 9, "num_tags": 9, "max_length": 12, "num_heads": 2, "embed_dim": 32}
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from leedl_fast.data.split import spread
 from leedl_fast.data.text import CharacterVocabulary, digest, load_text
 from leedl_fast.models.bert import BERTConfig, BERTForPretraining, mask_tokens
 from leedl_fast.training.settings import Settings
@@ -146,7 +147,7 @@ class BERTTask(Task):
     def batch(self, index: int) -> tuple[Tensor, ...]:
         """tokens, targets, pair targets, segments."""
         settings = self.settings
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+        generator = self.generator(index)
         chosen = torch.randint(len(self.train_begins), (settings.batch_size,), generator=generator)
         passages = self._passages(self.train_begins[chosen])
         changed = torch.rand(len(passages), generator=generator) < 0.5
@@ -189,8 +190,7 @@ class BERTTask(Task):
         return self._evaluate(NUM_EVALUATION_PASSAGES)
 
     def _evaluate(self, limit: int) -> dict[str, float]:
-        step = max(1, len(self.held_out_begins) // limit)
-        passages = self._passages(self.held_out_begins[::step][:limit])
+        passages = self._passages(spread(self.held_out_begins, limit))
         others = passages.roll(len(passages) // 2, dims=0)  # far away in the text
         generator = torch.Generator().manual_seed(EVALUATION_SEED)
         filled = blanks = right = 0

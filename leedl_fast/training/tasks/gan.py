@@ -144,7 +144,7 @@ class GANTask(AdversarialTask):
         if self.train_images.labels is None or self.model.config.condition == "none":
             return images, (), ()
         labels = self.train_images.labels[chosen]
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
+        generator = self.generator(index)
         num_labels = len(self.about["label_names"])
         shift = torch.randint(1, max(2, num_labels), labels.shape, generator=generator)
         others = (labels + shift) % num_labels

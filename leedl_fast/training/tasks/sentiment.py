@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from leedl_fast.data.pieces import NOTHING, PieceVocabulary, text_pieces
 from leedl_fast.data.reviews import LabelledTexts, load_reviews
-from leedl_fast.data.split import LengthBatches, split_indices
+from leedl_fast.data.split import LengthBatches, split_indices, spread
 from leedl_fast.models.text_classifier import TextClassifier, TextClassifierConfig
 from leedl_fast.training.naive_bayes import naive_bayes_accuracy
 from leedl_fast.training.settings import Settings
@@ -102,11 +102,10 @@ class SentimentTask(Task):
     @classmethod
     def describe(cls, data: Texts) -> dict[str, Any]:
         short = [pair for pair in data.held_out if len(pair[0]) <= MAX_EXAMPLE_LENGTH]
-        step = max(1, len(short) // NUM_EXAMPLES)
         return {
             "pieces": data.vocabulary.pieces,
             "label_names": data.label_names,
-            "examples": [list(pair) for pair in short[::step][:NUM_EXAMPLES]],
+            "examples": [list(pair) for pair in spread(short, NUM_EXAMPLES)],
         }
 
     def build_model(self) -> TextClassifier:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from leedl_fast.data.speech import load_spoken, read_frames
+from leedl_fast.data.split import spread
 from leedl_fast.data.vowels import Utterances, load_vowels
 from leedl_fast.models.speech import SpeechConfig, UtteranceClassifier
 from leedl_fast.training.frame_data import (
@@ -75,13 +76,12 @@ class SpeakersTask(Task):
     @classmethod
     def describe(cls, data: Utterances) -> dict[str, Any]:
         frames, labels = data.frames[data.num_train :], data.labels[data.num_train :].tolist()
-        step = max(1, len(frames) // NUM_EXAMPLES)
         return {
             "label_names": data.label_names,
             "rate": data.rate,
             **frame_statistics(data.frames[: data.num_train]),
-            "examples": [rows.clone() for rows in frames[::step][:NUM_EXAMPLES]],
-            "example_labels": labels[::step][:NUM_EXAMPLES],
+            "examples": [rows.clone() for rows in spread(frames, NUM_EXAMPLES)],
+            "example_labels": spread(labels, NUM_EXAMPLES),
         }
 
     def build_model(self) -> UtteranceClassifier:
@@ -100,7 +100,7 @@ class SpeakersTask(Task):
     def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """frames, targets, lengths."""
         length = self.model.config.max_length
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + index)
+        generator = self.generator(index)
         chosen = self.shuffled(len(self.train_frames), index)
         stretches = []
         for utterance in (self.train_frames[i] for i in chosen.tolist()):

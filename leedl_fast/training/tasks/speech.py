@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from leedl_fast.data.audio import STEP_SECONDS, WINDOW_SECONDS
 from leedl_fast.data.speech import Recordings, load_recordings, read_frames
-from leedl_fast.models.speech import IGNORED, FrameClassifier, SpeechConfig
+from leedl_fast.models.speech import FrameClassifier, SpeechConfig
+from leedl_fast.ops.linear_cross_entropy import IGNORED
 from leedl_fast.training.frame_data import (
     EVALUATION_BATCH_SIZE,
     frame_statistics,
@@ -122,7 +123,7 @@ class SpeechTask(Task):
     def batch(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """frames, targets, lengths."""
         settings, length = self.settings, self.model.config.max_length
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + index)
+        generator = self.generator(index)
         ends = self.num_begins.cumsum(dim=0)
         places = torch.randint(int(ends[-1]), (settings.batch_size,), generator=generator)
         parts = torch.searchsorted(ends, places, right=True)

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from leedl_fast.data.pieces import NOTHING, PieceVocabulary, word_pieces
-from leedl_fast.data.split import LengthBatches
+from leedl_fast.data.split import LengthBatches, spread
 from leedl_fast.data.tables import read_numbers
 from leedl_fast.data.tagged import load_tagged
-from leedl_fast.models.tagger import IGNORED, Tagger, TaggerConfig
+from leedl_fast.models.tagger import Tagger, TaggerConfig
+from leedl_fast.ops.linear_cross_entropy import IGNORED
 from leedl_fast.training.settings import Settings
 from leedl_fast.training.task import Goal, SampleOptions, Task, Variant
 
@@ -129,12 +130,11 @@ class TaggerTask(Task):
     @classmethod
     def describe(cls, data: Sentences) -> dict[str, Any]:
         short = [pair for pair in data.held_out if len(pair[0]) <= MAX_EXAMPLE_LENGTH]
-        step = max(1, len(short) // NUM_EXAMPLES)
         return {
             "pieces": data.vocabulary.pieces,
             "tags": data.tags,
             "position_table": data.position_table,
-            "examples": [[*map(list, pair)] for pair in short[::step][:NUM_EXAMPLES]],
+            "examples": [[*map(list, pair)] for pair in spread(short, NUM_EXAMPLES)],
         }
 
     def build_model(self) -> Tagger:

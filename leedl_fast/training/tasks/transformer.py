@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from leedl_fast.data.split import LengthBatches, split_indices
+from leedl_fast.data.split import LengthBatches, split_indices, spread
 from leedl_fast.data.subwords import SubwordVocabulary
 from leedl_fast.data.translations import load_translations
 from leedl_fast.models.decoding import decode
@@ -110,11 +110,10 @@ class TransformerTask(Task):
     @classmethod
     def describe(cls, data: Pairs) -> dict[str, Any]:
         short = [pair for pair in data.held_out if len(pair[0]) <= MAX_EXAMPLE_LENGTH]
-        step = max(1, len(short) // NUM_EXAMPLES)
         return {
             "characters": data.vocabulary.characters,
             "merges": [list(pair) for pair in data.vocabulary.merges],
-            "examples": [list(pair) for pair in short[::step][:NUM_EXAMPLES]],
+            "examples": [list(pair) for pair in spread(short, NUM_EXAMPLES)],
         }
 
     def build_model(self) -> Transformer:
