@@ -295,19 +295,19 @@ void for_each_block(int64_t blocks, int num_threads, const Body& body) {
 template <typename A>
 class Parameter {
  public:
-  Parameter(int dtype, std::uintptr_t address, int64_t n, A absent) {
-    if (address == 0) {
+  Parameter(const Tensor& parameter, int64_t n, A absent) {
+    if (parameter.address() == 0) {
       made_.assign(n, absent);
       data_ = made_.data();
       return;
     }
-    dispatch(dtype, [&](auto tag) {
+    dispatch(parameter.dtype(), [&](auto tag) {
       using T = typename decltype(tag)::Type;
       if constexpr (std::is_same_v<A, T>) {
-        data_ = pointer<const A>(address);
+        data_ = parameter.data<const A>();
       } else if constexpr (std::is_same_v<A, Accumulate<T>>) {
         made_.resize(n);
-        for_each_vector<A>(0, n, [from = pointer<const T>(address), to = made_.data()](auto at) {
+        for_each_vector<A>(0, n, [from = parameter.data<const T>(), to = made_.data()](auto at) {
           at.store(at.load(from), to);
         });
         data_ = made_.data();
@@ -333,8 +333,9 @@ void dispatch_pair(int dtype, int residual_dtype, const Body& body) {
 }
 
 // Whether outputs are so large that nobody finds them in a cache, and all their vectors aligned.
-bool streams(std::uintptr_t normed, std::uintptr_t summed, int64_t rows, int64_t row_bytes) {
-  return rows * row_bytes >= kStreamedBytes && (normed | summed | static_cast<std::uintptr_t>(row_bytes)) % 64 == 0;
+bool streams(const Tensor& normed, const Tensor& summed, int64_t rows, int64_t row_bytes) {
+  return rows * row_bytes >= kStreamedBytes &&
+         (normed.address() | summed.address() | static_cast<std::uintptr_t>(row_bytes)) % 64 == 0;
 }
 
 // The sum of `blocks` rows of n partial sums, every second row of `partial`, in their order, in double.
@@ -355,30 +356,43 @@ void reduce_blocks(const A* partial, int64_t blocks, int64_t n, T* out, int num_
   }
 }
 
+template <typename A>
+void reduce_blocks_to(const Tensor& out, const A* partial, int64_t blocks, int64_t n, int num_threads) {
+  dispatch(out.dtype(), [&](auto tag) {
+    using T = typename decltype(tag)::Type;
+    if constexpr (std::is_same_v<Accumulate<T>, A>) reduce_blocks(partial, blocks, n, out.data<T>(), num_threads);
+  });
+}
+
 }  // namespace
 
 namespace entry_points {
 
-void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
-                            std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
-                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
-                            int64_t residual_row_stride, double eps, bool rms, std::uintptr_t seed, double dropout_p,
-                            int num_threads) {
-  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+bool add_layer_norm_forward(const Tensor& normed, const Tensor& summed, const Tensor& x, const Tensor& residual,
+                            const Tensor& weight, const Tensor& bias, const Tensor& seed, double eps, bool rms,
+                            double dropout_p, int num_threads) {
+  const int64_t n = normed.size(-1), rows = normed.numel() / n;
+  const int64_t x_stride = x.row_stride(), residual_stride = residual.row_stride();
+  for (const Tensor* const parameter : {&weight, &bias}) {
+    if (!parameter->is_contiguous()) return false;
+  }
+  if (x_stride < 0 || residual_stride < 0) return false;
+  dispatch_pair(x.dtype(), residual.dtype(), [&](auto x_tag, auto residual_tag) {
     using X = typename decltype(x_tag)::Type;
     using R = typename decltype(residual_tag)::Type;
     using A = Accumulate<X>;
-    const Parameter<A> weights(parameter_dtype, weight, n, 1), biases(parameter_dtype, bias, n, 0);
-    const Branch<A> dropout(dropout_p, seed != 0 ? *pointer<const uint64_t>(seed) : 0);
-    const Forward<X, R> forward = {pointer<X>(normed), pointer<R>(summed), pointer<const X>(x),
-                                   pointer<const R>(residual), weights.data(), biases.data(), n, x_row_stride,
-                                   residual_row_stride, static_cast<A>(eps), rms, seed != 0 ? &dropout : nullptr,
+    const Parameter<A> weights(weight, n, 1), biases(bias, n, 0);
+    const auto* const key = seed.data<const uint64_t>();
+    const Branch<A> dropout(dropout_p, key != nullptr ? *key : 0);
+    const Forward<X, R> forward = {normed.data<X>(), summed.data<R>(), x.data<const X>(), residual.data<const R>(),
+                                   weights.data(), biases.data(), n, x_stride, residual_stride,
+                                   static_cast<A>(eps), rms, key != nullptr ? &dropout : nullptr,
                                    streams(normed, summed, rows, n * static_cast<int64_t>(sizeof(X)))};
     advise_huge_pages(forward.normed, rows * n * static_cast<int64_t>(sizeof(X)));
     advise_huge_pages(forward.summed, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
-    const int64_t factors = seed != 0 ? round_up(kRowsTogether * n, 64) : 0;
-    const Buffer<A> memory = seed != 0 ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
+    const int64_t factors = key != nullptr ? round_up(kRowsTogether * n, 64) : 0;
+    const Buffer<A> memory = key != nullptr ? allocate<A>(std::max(num_threads, 1) * factors) : nullptr;
     const int64_t sums = forward.streams ? kRowsTogether * n : 0;
     const Buffer<R> sums_memory = forward.streams ? allocate<R>(std::max(num_threads, 1) * sums) : nullptr;
     for_each_block(blocks, rows * n >= kSerialElements ? num_threads : 1, [&](int64_t block, int thread) {
@@ -390,24 +404,26 @@ void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, 
       if (forward.streams) end_streams();
     });
   });
+  return true;
 }
 
 // dx = dresidual times what the forward pass multiplied x by.
-void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr_t dx, std::uintptr_t dresidual,
-                                     std::uintptr_t seed, int64_t rows, int64_t n, double dropout_p, int num_threads) {
-  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+void add_layer_norm_dropout_backward(const Tensor& dx, const Tensor& dresidual, const Tensor& seed, double dropout_p,
+                                     int num_threads) {
+  const int64_t n = dx.size(-1), rows = dx.numel() / n;
+  dispatch_pair(dx.dtype(), dresidual.dtype(), [&](auto x_tag, auto residual_tag) {
     using X = typename decltype(x_tag)::Type;
     using R = typename decltype(residual_tag)::Type;
     using A = Accumulate<X>;
-    const Branch<A> dropout(dropout_p, *pointer<const uint64_t>(seed));
+    const Branch<A> dropout(dropout_p, *seed.data<const uint64_t>());
     const int64_t pitch = round_up(n, 64);
     const Buffer<A> memory = allocate<A>(std::max(num_threads, 1) * pitch);
-    advise_huge_pages(pointer<X>(dx), rows * n * static_cast<int64_t>(sizeof(X)));
+    advise_huge_pages(dx.data<X>(), rows * n * static_cast<int64_t>(sizeof(X)));
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * n >= kSerialElements)
     for (int64_t row = 0; row < rows; ++row) {
       A* const factors = memory.get() + omp_get_thread_num() * pitch;
       dropout.fill(row, n, factors);
-      for_each_vector<A>(0, n, [=, from = pointer<const R>(dresidual) + row * n, to = pointer<X>(dx) + row * n,
+      for_each_vector<A>(0, n, [=, from = dresidual.data<const R>() + row * n, to = dx.data<X>() + row * n,
                                 scale = Vec<A>::broadcast(dropout.scale)](auto at) {
         at.store(at.load(from) * (at.load(factors) * scale), to);
       });
@@ -415,17 +431,17 @@ void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr
   });
 }
 
-void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t dresidual,
-                             std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
-                             std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight, int64_t rows,
-                             int64_t n, double eps, bool rms, int num_threads) {
-  dispatch_pair(dtype, residual_dtype, [&](auto x_tag, auto residual_tag) {
+void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, const Tensor& dbias,
+                             const Tensor& dnormed, const Tensor& dsummed, const Tensor& summed, const Tensor& weight,
+                             double eps, bool rms, int num_threads) {
+  const int64_t n = summed.size(-1), rows = summed.numel() / n;
+  dispatch_pair(dnormed.dtype(), summed.dtype(), [&](auto x_tag, auto residual_tag) {
     using X = typename decltype(x_tag)::Type;
     using R = typename decltype(residual_tag)::Type;
     using A = Accumulate<X>;
-    const Parameter<A> weights(parameter_dtype, weight, n, 1);
-    const Backward<X, R> backward = {pointer<R>(dresidual), pointer<const X>(dnormed), pointer<const R>(dsummed),
-                                     pointer<const R>(summed), weights.data(), n, static_cast<A>(eps), rms};
+    const Parameter<A> weights(weight, n, 1);
+    const Backward<X, R> backward = {dresidual.data<R>(), dnormed.data<const X>(), dsummed.data<const R>(),
+                                     summed.data<const R>(), weights.data(), n, static_cast<A>(eps), rms};
     advise_huge_pages(backward.dresidual, rows * n * static_cast<int64_t>(sizeof(R)));
     const int64_t block_rows = rows_per_block(rows), blocks = (rows + block_rows - 1) / block_rows;
     std::vector<A> partial(blocks * 2 * n, 0);  // of each block, dweight and dbias
@@ -435,13 +451,11 @@ void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype,
         backward.template run<decltype(together)::value>(row, own, own + n);
       });
     });
-    dispatch(parameter_dtype, [&](auto parameter_tag) {
-      using T = typename decltype(parameter_tag)::Type;
-      if constexpr (std::is_same_v<Accumulate<T>, A>) {
-        if (dweight != 0) reduce_blocks(partial.data(), blocks, n, pointer<T>(dweight), num_threads);
-        if (dbias != 0) reduce_blocks(partial.data() + n, blocks, n, pointer<T>(dbias), num_threads);
-      }
-    });
+    int64_t offset = 0;
+    for (const Tensor* const sum : {&dweight, &dbias}) {
+      if (sum->address() != 0) reduce_blocks_to(*sum, partial.data() + offset, blocks, n, num_threads);
+      offset += n;
+    }
   });
 }
 

@@ -1,11 +1,14 @@
-// What Python calls: functions of addresses, sizes and strides, bound in module.cpp and defined beside their kernels.
-// Dtypes are numbers of DType, and the address 0 stands for a tensor that is absent. Arguments were checked in Python.
+// What Python calls: functions of tensors, or of their addresses, sizes and strides, bound in module.cpp and defined
+// beside their kernels. Dtypes are numbers of DType; the address 0, or a Tensor of None, stands for one that is absent.
+// Arguments were checked in Python.
 #pragma once
 
 #include <array>
 #include <cstddef>
 #include <cstdint>
 #include <tuple>
+
+#include "tensors.h"
 
 namespace leedl {
 
@@ -41,17 +44,16 @@ void additive_attention_backward(int dtype, std::uintptr_t dq, std::uintptr_t dk
                                  std::uintptr_t out, std::uintptr_t row_max, std::uintptr_t row_sum, const Sizes& sizes,
                                  const Strides<8>& strides, int64_t window_left, int64_t window_right, int num_threads);
 
-void add_layer_norm_forward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t normed,
-                            std::uintptr_t summed, std::uintptr_t x, std::uintptr_t residual, std::uintptr_t weight,
-                            std::uintptr_t bias, int64_t rows, int64_t n, int64_t x_row_stride,
-                            int64_t residual_row_stride, double eps, bool rms, std::uintptr_t seed, double dropout_p,
-                            int num_threads);
-void add_layer_norm_dropout_backward(int dtype, int residual_dtype, std::uintptr_t dx, std::uintptr_t dresidual,
-                                     std::uintptr_t seed, int64_t rows, int64_t n, double dropout_p, int num_threads);
-void add_layer_norm_backward(int dtype, int residual_dtype, int parameter_dtype, std::uintptr_t dresidual,
-                             std::uintptr_t dweight, std::uintptr_t dbias, std::uintptr_t dnormed,
-                             std::uintptr_t dsummed, std::uintptr_t summed, std::uintptr_t weight, int64_t rows,
-                             int64_t n, double eps, bool rms, int num_threads);
+// False, and nothing is done, where weight or bias is not contiguous or x or residual has no one row stride. The other
+// tensors are contiguous.
+bool add_layer_norm_forward(const Tensor& normed, const Tensor& summed, const Tensor& x, const Tensor& residual,
+                            const Tensor& weight, const Tensor& bias, const Tensor& seed, double eps, bool rms,
+                            double dropout_p, int num_threads);
+void add_layer_norm_dropout_backward(const Tensor& dx, const Tensor& dresidual, const Tensor& seed, double dropout_p,
+                                     int num_threads);
+void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, const Tensor& dbias,
+                             const Tensor& dnormed, const Tensor& dsummed, const Tensor& summed, const Tensor& weight,
+                             double eps, bool rms, int num_threads);
 
 void linear_cross_entropy(int dtype, std::uintptr_t loss, std::uintptr_t dhidden, std::uintptr_t dweight,
                           std::uintptr_t dbias, std::uintptr_t dloss, std::uintptr_t hidden, std::uintptr_t weight,

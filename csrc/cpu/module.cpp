@@ -3,6 +3,18 @@
 #include <pybind11/stl.h>
 
 #include "entry_points.h"
+#include "tensors.h"
+
+// Arguments of type Tensor.
+template <>
+struct pybind11::detail::type_caster<leedl::Tensor> {
+  PYBIND11_TYPE_CASTER(leedl::Tensor, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    const bool is_read = leedl::read_tensor(source.ptr(), &value);
+    if (PyErr_Occurred() != nullptr) throw error_already_set();
+    return is_read;
+  }
+};
 
 namespace {
 
@@ -44,4 +56,5 @@ PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   m.def("step", &entry_points::step, ReleaseGil());
   m.def("philox4x32_10", &entry_points::philox4x32_10);
   m.def("normal_pair", &entry_points::normal_pair);
+  if (PyModule_AddFunctions(m.ptr(), leedl::tensor_functions) != 0) throw pybind11::error_already_set();
 }

@@ -4,10 +4,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from leedl_fast.backends import Implementation
-from leedl_fast.backends.cpu_modules import isa, kernel, reasons
+from leedl_fast.backends.cpu_modules import entry_points, isa, reasons
 
 MAX_HEAD_DIM = 256
 
@@ -55,7 +55,7 @@ def _attention_options(
 ) -> tuple[object, ...]:
     by_sample = alibi_slopes is not None and alibi_slopes.dim() == 2
     return (
-        torch.get_num_threads(),
+        get_num_threads(),
         problem.num_sequences or 0,
         problem.softmax_scale,
         problem.window_left,
@@ -82,7 +82,7 @@ def _attention_forward(
     alibi_slopes: Tensor | None,
     *others: Tensor | None,  # key_lengths, cu_seqlens_q, cu_seqlens_k, seed
 ) -> None:
-    kernel("attention_forward")(
+    entry_points.attention_forward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (out, lse, row_max, row_sum, q, k, v)),
         tuple(map(_pointer, (bias, sinks, alibi_slopes, *others))),
@@ -117,7 +117,7 @@ def _attention_backward(
 ) -> None:
     others = (key_lengths, cu_seqlens_q, cu_seqlens_k, seed)
     wanted_dbias = dbias if problem.wants_dbias else None
-    kernel("attention_backward")(
+    entry_points.attention_backward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dq, dk, dv, wanted_dbias, dsinks, dout, dlse, q, k, v)),
         *map(_pointer, (out, row_max, row_sum)),
@@ -140,14 +140,14 @@ def _additive_attention_forward(
     score_weight: Tensor,
     key_lengths: Tensor | None,
 ) -> None:
-    kernel("additive_attention_forward")(
+    entry_points.additive_attention_forward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (out, row_max, row_sum, q, k, v, score_weight, key_lengths)),
         problem[:7],
         _strides(out, q, k, v),
         problem.window_left,
         problem.window_right,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -167,7 +167,7 @@ def _additive_attention_backward(
     row_max: Tensor,
     row_sum: Tensor,
 ) -> None:
-    kernel("additive_attention_backward")(
+    entry_points.additive_attention_backward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dq, dk, dv, dscore_weight, dout, q, k, v, score_weight, key_lengths)),
         *map(_pointer, (out, row_max, row_sum)),
@@ -175,7 +175,7 @@ def _additive_attention_backward(
         _strides(dq, dk, dv, dout, q, k, v, out),
         problem.window_left,
         problem.window_right,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -189,41 +189,13 @@ def _add_layer_norm_forward(
     bias: Tensor | None,
     seed: Tensor | None,
 ) -> None:
-    rows, n, dtype, residual_dtype, parameter_dtype, _, eps, norm, dropout_p = problem
-    x_row_stride = residual_row_stride = n
-    if not x.is_contiguous():
-        x, x_row_stride = _rows(x, rows, n)
-    if not residual.is_contiguous():
-        residual, residual_row_stride = _rows(residual, rows, n)
-    weight = weight if weight is None else weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    kernel("add_layer_norm_forward")(
-        DTYPE_NUMBERS[dtype],
-        DTYPE_NUMBERS[residual_dtype],
-        DTYPE_NUMBERS[parameter_dtype],
-        normed.data_ptr(),
-        summed.data_ptr(),
-        x.data_ptr(),
-        residual.data_ptr(),
-        0 if weight is None else weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        rows,
-        n,
-        x_row_stride,
-        residual_row_stride,
-        eps,
-        norm == "rms",
-        0 if seed is None else seed.data_ptr(),
-        dropout_p,
-        torch.get_num_threads(),
-    )
-
-
-def _rows(x: Tensor, rows: int, n: int) -> tuple[Tensor, int]:
-    """x as `rows` contiguous rows of n and their stride, without a copy where strides allow it."""
-    x = x.reshape(rows, n)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    return x, x.stride(0)
+    options = problem.eps, problem.norm == "rms", problem.dropout_p, get_num_threads()
+    run = entry_points.add_layer_norm_forward
+    if not run(normed, summed, x, residual, weight, bias, seed, *options):
+        x, residual = x.contiguous(), residual.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        run(normed, summed, x, residual, weight, bias, seed, *options)
 
 
 def _add_layer_norm_backward(
@@ -237,44 +209,34 @@ def _add_layer_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    weight = weight if weight is None else weight.contiguous()
-    dweight_or_none = dweight if weight is not None else None
-    dbias_or_none = dbias if bias is not None else None
-    kernel("add_layer_norm_backward")(
-        *(DTYPE_NUMBERS[dtype] for dtype in problem[2:5]),
-        *map(_pointer, (dx, dweight_or_none, dbias_or_none, dnormed, dsummed, summed)),
-        _pointer(weight),
-        problem.rows,
-        problem.n,
+    entry_points.add_layer_norm_backward(
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        *(dnormed, dsummed, summed, weight if weight is None else weight.contiguous()),
         problem.eps,
         problem.norm == "rms",
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
 def _add_layer_norm_dropout_backward(
     problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor
 ) -> None:
-    kernel("add_layer_norm_dropout_backward")(
-        DTYPE_NUMBERS[problem.dtype],
-        DTYPE_NUMBERS[problem.residual_dtype],
-        *map(_pointer, (dx, dresidual, seed)),
-        problem.rows,
-        problem.n,
-        problem.dropout_p,
-        torch.get_num_threads(),
+    entry_points.add_layer_norm_dropout_backward(
+        dx, dresidual, seed, problem.dropout_p, get_num_threads()
     )
 
 
 def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
-    kernel("randn")(
+    entry_points.randn(
         DTYPE_NUMBERS[problem.dtype],
         out.data_ptr(),
         seeds.data_ptr(),
         0,
         problem.batch,
         problem.n,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -286,12 +248,12 @@ def _add_noise(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    kernel("add_noise")(
+    entry_points.add_noise(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (noisy, sample, noise, coefficients, seeds)),
         problem.batch,
         problem.n,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -304,12 +266,12 @@ def _loss_forward(
     coefficients: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    kernel("noise_prediction_loss_forward")(
+    entry_points.noise_prediction_loss_forward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (sums, model_output, sample, noise, coefficients, seeds)),
         problem.batch,
         problem.n,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -323,12 +285,12 @@ def _loss_backward(
     dsums: Tensor,
     seeds: Tensor | None,
 ) -> None:
-    kernel("noise_prediction_loss_backward")(
+    entry_points.noise_prediction_loss_backward(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (dmodel_output, model_output, sample, noise, coefficients, dsums, seeds)),
         problem.batch,
         problem.n,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -343,7 +305,7 @@ def _step(
     seeds: Tensor | None,
     streams: Tensor | None,
 ) -> None:
-    kernel("step")(
+    entry_points.step(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (prev_sample, model_output, unconditional_output, sample, noise)),
         coefficients.data_ptr(),
@@ -352,7 +314,7 @@ def _step(
         *map(_pointer, (seeds, streams)),
         problem.batch,
         problem.n,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 
@@ -375,7 +337,7 @@ def _linear_cross_entropy_backward(problem: Any, *tensors: Tensor | None) -> Non
 def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
     """tensors: loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets."""
     loss, dhidden, dweight, dbias, dloss, hidden, weight, bias, targets = tensors
-    kernel("linear_cross_entropy")(
+    entry_points.linear_cross_entropy(
         DTYPE_NUMBERS[problem.dtype],
         *map(_pointer, (loss, dhidden, dweight, dbias if problem.has_bias else None, dloss)),
         *map(_pointer, (hidden, weight, bias, targets)),
@@ -388,7 +350,7 @@ def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
         problem.reduction == "none",
         problem.reduction == "mean",
         problem.label_smoothing,
-        torch.get_num_threads(),
+        get_num_threads(),
     )
 
 

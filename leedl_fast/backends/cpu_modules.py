@@ -7,12 +7,14 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from leedl_fast import config
 
 ISAS = ("avx512", "avx2", "baseline")  # the best first
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # the types of tensors that need no dispatcher
 
 
 @cache
@@ -39,7 +41,17 @@ def _load(isa: str) -> ModuleType | str:
         return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
     except ImportError as error:
         return f"{name} cannot be loaded: {error}"
-    return module if module.processor_can_run() else f"this processor has no {isa.upper()}"
+    if not module.processor_can_run():
+        return f"this processor has no {isa.upper()}"
+    exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if exchange_api is None or not module.read_tensors(exchange_api, *PLAIN_TYPES):
+        return f"torch {torch.__version__} has no DLPack exchange API of version 1"
+    return module
+
+
+def signature() -> Callable[..., bytes | None] | None:
+    """`signature(*tensors)` of csrc/cpu/tensors.cpp, or None when there is no compiled module."""
+    return next((module.signature for module in modules().values()), None)
 
 
 _forced_isa: str | None = None
@@ -65,10 +77,12 @@ def use_isa(isa: str) -> Iterator[None]:
     global _forced_isa
     _check_isa("isa", isa)
     before, _forced_isa = _forced_isa, isa
+    vars(entry_points).clear()
     try:
         yield
     finally:
         _forced_isa = before
+        vars(entry_points).clear()
 
 
 def _check_isa(name: str, isa: str) -> None:
@@ -78,11 +92,13 @@ def _check_isa(name: str, isa: str) -> None:
         raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
 
 
-def kernel(name: str) -> Callable[..., None]:
-    """The entry point `name` of the module in use."""
-    return _entry_point(_forced_isa, name)
+class _EntryPoints:
+    """The functions of the module in use, found at their first call."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        function = getattr(modules()[isa() or ""], name)
+        setattr(self, name, function)
+        return function
 
 
-@cache
-def _entry_point(forced: str | None, name: str) -> Callable[..., None]:
-    return getattr(modules()[forced or _default_isa() or ""], name)
+entry_points = _EntryPoints()

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from leedl_fast import reference
-from leedl_fast.backends import Implementation, table
+from leedl_fast.backends import table
 from leedl_fast.ops import checks
+from leedl_fast.ops.checks import Kind
 from leedl_fast.ops.contract import (
     Function,
     Operator,
+    Resolved,
     needs_grad,
     reference_gradients,
     resolver,
-    traced,
 )
 from leedl_fast.ops.seeds import check_dropout_p, dropout_seed
 
 NORMS = ("layer", "rms")
-_ABSENT = (None, None, None)  # the shape, dtype and device of a weight or bias that is not there
 
 
 class Problem(NamedTuple):
@@ -85,29 +85,14 @@ def add_layer_norm(
         ValueError: a shape, a value or a device is wrong. TypeError: a dtype or a type is wrong.
         NotImplementedError: the backend that was asked for cannot run the problem.
     """
-    checks.check_tensor("x", x)
-    checks.check_tensor("residual", residual)
-    resolved = _resolve(
-        backend,
-        x.shape,
-        x.dtype,
-        x.device,
-        residual.shape,
-        residual.dtype,
-        residual.device,
-        eps,
-        norm,
-        dropout_p,
-        *(_ABSENT if weight is None else (weight.shape, weight.dtype, weight.device)),
-        *(_ABSENT if bias is None else (bias.shape, bias.dtype, bias.device)),
-    )
-    problem, implementation = resolved
+    resolved = _resolve(backend, (x, residual, weight, bias), eps, norm, dropout_p)
+    problem, implementation, is_traced = resolved
     mask_seed = dropout_seed(seed, x.device) if dropout_p else None
     if out is not None:
-        return _fill(out, implementation, problem, x, residual, weight, bias, mask_seed)
+        return _fill(out, resolved, x, residual, weight, bias, mask_seed)
     if implementation.backend == "eager":
         return _reference(problem, x, residual, weight, bias, mask_seed)
-    if traced(x, residual, weight, bias):
+    if is_traced:
         return _forward.from_graph(implementation, problem, x, residual, weight, bias, mask_seed)
     if needs_grad(x, residual, weight, bias):
         return AddLayerNormFunction.apply(x, residual, weight, bias, mask_seed, resolved)
@@ -116,12 +101,12 @@ def add_layer_norm(
 
 def _fill(
     out: tuple[Tensor, Tensor],
-    implementation: Implementation,
-    problem: Problem,
+    resolved: Resolved,
     x: Tensor,
     residual: Tensor,
     *parameters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    problem, implementation, is_traced = resolved
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(f"out must be a tuple (normed, summed), got {type(out).__name__}")
     for name, given, like in (("out[0]", out[0], x), ("out[1]", out[1], residual)):
@@ -135,7 +120,7 @@ def _fill(
         raise ValueError("out must be None where a gradient is wanted; torch.no_grad() wants none")
     if implementation.backend == "eager":
         results = _reference(problem, x, residual, *parameters)
-    elif traced(x, residual, *parameters, *out):
+    elif is_traced:
         results = _forward.from_graph(implementation, problem, x, residual, *parameters)
     else:
         kernel = implementation.kernels["add_layer_norm_forward"]
@@ -167,47 +152,43 @@ def _reference(
 
 
 def _check(
-    shape: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device,
-    residual_shape: torch.Size,
-    residual_dtype: torch.dtype,
-    residual_device: torch.device,
+    x: Kind,
+    residual: Kind,
+    weight: Kind | None,
+    bias: Kind | None,
     eps: float,
     norm: str,
     dropout_p: float,
-    *parameters: Any,
 ) -> Problem:
-    """parameters: shape, dtype and device of weight, and the same of bias; None where absent."""
-    weight_dtype, bias_dtype = parameters[1], parameters[4]
+    shape, dtype, device = x
     checks.check_floating("x", dtype)
     if len(shape) == 0 or shape[-1] == 0:
         raise ValueError(f"x must have a last dimension of at least 1, got shape {tuple(shape)}")
-    for name, expected, given, its_dtype, its_device in (
-        ("residual", shape, residual_shape, residual_dtype, residual_device),
-        ("weight", shape[-1:], *parameters[:3]),
-        ("bias", shape[-1:], *parameters[3:]),
+    for name, expected, given in (
+        ("residual", shape, residual),
+        ("weight", shape[-1:], weight),
+        ("bias", shape[-1:], bias),
     ):
         if given is not None:
-            checks.check_shape(name, given, expected)
-            if dtype.itemsize > 2 or its_dtype != torch.float32:
-                checks.check_same_dtype(name, its_dtype, dtype, "x")
-            checks.check_same_device(name, its_device, device, "x")
+            checks.check_shape(name, given.shape, expected)
+            if dtype.itemsize > 2 or given.dtype != torch.float32:
+                checks.check_same_dtype(name, given.dtype, dtype, "x")
+            checks.check_same_device(name, given.device, device, "x")
     checks.check_finite("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     checks.check_choice("norm", norm, NORMS)
     check_dropout_p(dropout_p)
-    if weight_dtype is not None and bias_dtype is not None:
-        checks.check_same_dtype("bias", bias_dtype, weight_dtype, "weight")
+    if weight is not None and bias is not None:
+        checks.check_same_dtype("bias", bias.dtype, weight.dtype, "weight")
     return Problem(
-        *(shape[:-1].numel(), shape[-1], dtype, residual_dtype),
-        weight_dtype or bias_dtype or dtype,
+        *(shape[:-1].numel(), shape[-1], dtype, residual.dtype),
+        (weight or bias or x).dtype,
         *(device, float(eps), norm, float(dropout_p)),
     )
 
 
-_resolve = resolver("add_layer_norm", _check)
+_resolve = resolver("add_layer_norm", _check, "x", "residual", "weight?", "bias?")
 
 
 def _allocate_forward(
@@ -297,7 +278,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual, weight and bias."""
     summed, weight, bias, seed = ctx.saved_tensors
-    problem, implementation = ctx.resolved
+    problem, implementation, _ = ctx.resolved
     dresidual, dweight, dbias = dsummed, None, None
     if dnormed is not None and torch.is_grad_enabled():
         # summed is an output of this node, hence a function of x and residual that autograd knows.
@@ -345,9 +326,9 @@ class AddLayerNormFunction(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         seed: Tensor | None,
-        resolved: tuple[Problem, Implementation],
+        resolved: Resolved,
     ) -> tuple[Tensor, Tensor]:
-        problem, implementation = resolved
+        problem, implementation, _ = resolved
         # What _forward does, without its loops over arguments: they cost as much as a small kernel.
         normed, summed = _forward.allocate(problem, x, residual)
         kernel = implementation.kernels["add_layer_norm_forward"]
@@ -369,7 +350,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(summed, weight, bias, seed)
     problem = _describe(x.dtype, summed, weight, bias, *options)
-    ctx.resolved = problem, table(backend)["add_layer_norm"]
+    ctx.resolved = Resolved(problem, table(backend)["add_layer_norm"], traced=True)
 
 
 def _backward_from_graph(ctx: Any, dnormed: Tensor | None, dsummed: Tensor | None) -> tuple:

@@ -8,6 +8,7 @@ from torch import Tensor
 from leedl_fast import reference
 from leedl_fast.backends import Implementation, table
 from leedl_fast.ops import checks
+from leedl_fast.ops.checks import Kind
 from leedl_fast.ops.contract import (
     Function,
     Operator,
@@ -16,7 +17,7 @@ from leedl_fast.ops.contract import (
     resolver,
     traced,
 )
-from leedl_fast.ops.heads import Kind, check_qkv, empty_heads, kind, last_contiguous
+from leedl_fast.ops.heads import check_qkv, empty_heads, last_contiguous
 from leedl_fast.ops.windows import Window, window_sides
 
 
@@ -85,16 +86,9 @@ def additive_attention(
         ValueError: a shape, a value or a device is wrong. TypeError: a dtype or a type is wrong.
         NotImplementedError: the backend that was asked for cannot run the problem.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("score_weight", score_weight)):
-        checks.check_tensor(name, tensor)
     if isinstance(window, list):
         window = tuple(window)
-    problem, implementation = _resolve(
-        backend,
-        *(kind(tensor) for tensor in (q, k, v, score_weight)),
-        causal,
-        window,
-    )
+    problem, implementation, _ = _resolve(backend, (q, k, v, score_weight), causal, window)
     if key_lengths is not None:
         checks.check_integer_vector("key_lengths", key_lengths, problem.batch, problem.device)
         checks.check_range("key_lengths", key_lengths, 0, problem.seqlen_k)
@@ -136,7 +130,7 @@ def _check(
     )
 
 
-_resolve = resolver("additive_attention", _check)
+_resolve = resolver("additive_attention", _check, "q", "k", "v", "score_weight")
 
 
 def _reference(

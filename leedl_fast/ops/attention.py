@@ -19,7 +19,7 @@ from leedl_fast.ops.contract import (
     resolver,
     traced,
 )
-from leedl_fast.ops.heads import empty_heads, kind, last_contiguous
+from leedl_fast.ops.heads import empty_heads, last_contiguous
 from leedl_fast.ops.seeds import dropout_seed
 from leedl_fast.ops.windows import Window
 
@@ -148,24 +148,15 @@ def attention(
         ValueError: a shape, a value or a device is wrong. TypeError: a dtype or a type is wrong.
         NotImplementedError: the backend that was asked for cannot run the problem.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, tensor)
     if isinstance(window, list):
         window = tuple(window)
-    if bias is not None:
-        bias = _bias_of_four_dimensions(bias, k.shape[-2])
+    if isinstance(bias, Tensor) and isinstance(k, Tensor) and k.dim() == 4:
+        bias = _bias_of_four_dimensions(bias, k.shape[2])
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    problem, implementation = _resolve(
+    problem, implementation, _ = _resolve(
         backend,
-        (q.shape, q.dtype, q.device),
-        (k.shape, k.dtype, k.device),
-        (v.shape, v.dtype, v.device),
-        kind(bias),
-        kind(sinks),
-        kind(alibi_slopes),
-        kind(cu_seqlens_q),
-        kind(cu_seqlens_k),
+        (q, k, v, bias, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k),
         key_lengths is not None,
         causal,
         window,
@@ -193,11 +184,14 @@ def attention(
     return out, lse
 
 
-_resolve = resolver("attention", attention_problem.check)
+_resolve = resolver(
+    "attention",
+    attention_problem.check,
+    *("q", "k", "v", "bias?", "sinks?", "alibi_slopes?", "cu_seqlens_q?", "cu_seqlens_k?"),
+)
 
 
 def _bias_of_four_dimensions(bias: Tensor, seqlen_k: int) -> Tensor:
-    checks.check_tensor("bias", bias)
     if not 1 <= bias.dim() <= 4:
         raise ValueError(f"bias must have 1 to 4 dimensions, got shape {tuple(bias.shape)}")
     bias = bias[(None,) * (4 - bias.dim())]

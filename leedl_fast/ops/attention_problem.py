@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from leedl_fast.ops import checks
-from leedl_fast.ops.heads import Kind, check_qkv
+from leedl_fast.ops.checks import Kind
+from leedl_fast.ops.heads import check_qkv
 from leedl_fast.ops.seeds import check_dropout_p
 from leedl_fast.ops.windows import Window, window_sides
 

@@ -3,12 +3,24 @@
 import math
 from collections.abc import Collection
 from numbers import Integral
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Kind(NamedTuple):
+    """What most checks need to know of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def kind(tensor: Tensor | None) -> Kind | None:
+    return None if tensor is None else Kind(tensor.shape, tensor.dtype, tensor.device)
 
 
 def check_tensor(name: str, value: Any) -> None:

@@ -2,14 +2,19 @@
 differentiable gradients.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _are_functorch_transforms_active as in_functorch_transform
+from torch.compiler import is_compiling
 
 from leedl_fast.backends import Implementation, requested, select, table
+from leedl_fast.backends.cpu_modules import PLAIN_TYPES
+from leedl_fast.backends.cpu_modules import signature as compiled_signature
+from leedl_fast.ops import checks
+from leedl_fast.ops.checks import kind
 
 LIBRARY = torch.library.Library("leedl_fast", "DEF")
 OPERATORS: dict[str, "Operator"] = {}
@@ -77,47 +82,86 @@ class Operator:
         )
 
 
-def resolver(op: str, check: Callable[..., Any]) -> Callable[..., tuple[Any, Implementation]]:
-    """`resolve(backend, *key)` -> (Problem, Implementation); checks and selection run once per
-    distinct key.
+class Resolved(NamedTuple):
+    """What runs a call. traced: see `traced`, of the tensors that were resolved."""
+
+    problem: Any
+    implementation: Implementation
+    traced: bool
+
+
+def resolver(op: str, check: Callable[..., Any], *names: str) -> Callable[..., Resolved]:
+    """`resolve(backend, tensors, *options)`: checks and selection, run once per distinct call.
+
+    names: of the tensors, "bias?" where None may stand. `check(*kinds, *options)` makes the
+    Problem of the Kind of each tensor.
     """
+    memo: dict[Any, Resolved] = {}
+    optional = tuple(name.endswith("?") for name in names)
+    plain_names = tuple(name.removesuffix("?") for name in names)
 
-    def resolve(backend: str | None, *key: Any) -> tuple[Any, Implementation]:
-        problem = check(*key)
-        return problem, select(op, problem, backend)
+    def run_checks(backend: str | None, tensors: Sequence[Any], options: tuple) -> Resolved:
+        for name, may_be_absent, tensor in zip(plain_names, optional, tensors, strict=True):
+            if tensor is not None or not may_be_absent:
+                checks.check_tensor(name, tensor)
+        problem = check(*map(kind, tensors), *options)
+        return Resolved(problem, select(op, problem, backend), traced(*tensors))
 
-    memo = functools.lru_cache(maxsize=4096)(resolve)
-
-    def lookup(backend: str | None, *key: Any) -> tuple[Any, Implementation]:
+    def resolve(backend: str | None, tensors: tuple[Tensor | None, ...], *options: Any) -> Resolved:
         backend = requested(backend)
-        if torch.compiler.is_compiling():
-            return resolve(backend, *key)
+        if dispatched():
+            return run_checks(backend, tensors, options)
+        key = (signature(*tensors), backend, options)
         try:
-            return memo(backend, *key)
-        except TypeError:  # an unhashable argument or a wrong type: the check says what is wrong
-            return resolve(backend, *key)
+            resolved = memo.get(key)
+        except TypeError:  # an option of a wrong type, unhashable: the check says what is wrong
+            return run_checks(backend, tensors, options)
+        if resolved is not None:
+            return resolved
+        resolved = run_checks(backend, tensors, options)
+        if key[0] is not None:
+            if len(memo) >= MOST_REMEMBERED:
+                memo.clear()
+            memo[key] = resolved
+        return resolved
 
-    return lookup
+    return resolve
+
+
+MOST_REMEMBERED = 4096  # calls per op
+
+
+def _signature(*tensors: Any) -> Any:
+    """A key that is equal for tensors of equal shapes, dtypes and devices; None for a tensor of a
+    subclass, or what is none."""
+    plain = all(tensor is None or type(tensor) in PLAIN_TYPES for tensor in tensors)
+    return tuple(map(kind, tensors)) if plain else None
+
+
+signature = compiled_signature() or _signature
+
+
+def dispatched() -> bool:
+    """True when every call must go through torch's dispatcher: under torch.compile, or under a
+    functorch transform."""
+    return is_compiling() or in_functorch_transform()
 
 
 def traced(*tensors: Tensor | None) -> bool:
     """True when calls must go through torch's dispatcher: under torch.compile, under a functorch
     transform, or with fake and proxy tensors."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if dispatched():
         return True
     # A loop, here and below, for a generator would cost as much as a small kernel.
     for tensor in tensors:  # noqa: SIM110
-        if tensor is not None and type(tensor) not in _PLAIN:
+        if tensor is not None and type(tensor) not in PLAIN_TYPES:
             return True
     return False
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
 def needs_grad(*tensors: Tensor | None) -> bool:
     """True when an autograd node must be made."""
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True

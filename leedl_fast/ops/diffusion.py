@@ -6,7 +6,7 @@ from torch import Tensor
 from leedl_fast.backends import Implementation
 from leedl_fast.ops import checks
 from leedl_fast.ops import diffusion_operators as operators
-from leedl_fast.ops.contract import Function, Operator, needs_grad, resolver, traced
+from leedl_fast.ops.contract import Function, Operator, Resolved, needs_grad, resolver, traced
 from leedl_fast.ops.diffusion_operators import Problem
 from leedl_fast.ops.noise_schedule import (
     PREDICTION_TYPES,
@@ -97,7 +97,7 @@ def randn(
     device = torch.device(device)
     if isinstance(seed, torch.Generator):
         return torch.randn(shape, generator=seed, dtype=dtype, device=device)
-    problem, implementation = _resolve(backend, shape, dtype, device)
+    problem, implementation, _ = _resolve(backend, (), shape, dtype, device)
     seeds = sample_seeds(seed, problem.batch, device)
     if implementation.backend == "eager":
         return reference.randn(seeds, None, shape, dtype)
@@ -132,7 +132,7 @@ def add_noise(
             given.
         TypeError: a dtype or a type is wrong.
     """
-    problem, implementation = _resolve_tensor("sample", sample, backend)
+    problem, implementation, _ = _resolve_tensor("sample", sample, backend)
     seeds, noise = _noise_source(problem, seed, noise)
     coefficients = schedule.add_noise_coefficients(timesteps, problem.batch, problem.device)
     if implementation.backend == "eager":
@@ -179,7 +179,7 @@ def noise_prediction_loss(
     """
     checks.check_choice("reduction", reduction, ("mean", "sum"))
     checks.check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-    problem, implementation = _resolve_tensor("model_output", model_output, backend)
+    problem, implementation, _ = _resolve_tensor("model_output", model_output, backend)
     _check_like("sample", sample, problem, "model_output")
     device = problem.device
     seeds = None
@@ -244,7 +244,7 @@ def ddpm_step(
     Raises:
         As `add_noise`; ValueError for a wrong option.
     """
-    problem, implementation = _resolve_tensor("sample", sample, backend)
+    problem, implementation, _ = _resolve_tensor("sample", sample, backend)
     seeds, noise = _noise_source(problem, seed, noise)
     coefficients = schedule.ddpm_coefficients(
         timesteps, prev_timesteps, prediction_type, variance, problem.batch, problem.device
@@ -287,7 +287,7 @@ def ddim_step(
     Raises:
         As `ddpm_step`.
     """
-    problem, implementation = _resolve_tensor("sample", sample, backend)
+    problem, implementation, _ = _resolve_tensor("sample", sample, backend)
     coefficients = schedule.ddim_coefficients(
         timesteps, prev_timesteps, prediction_type, eta, problem.batch, problem.device
     )
@@ -310,14 +310,12 @@ def _check(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 _resolve = resolver("diffusion", _check)
 
 
-def _resolve_tensor(
-    name: str, tensor: Tensor, backend: str | None
-) -> tuple[Problem, Implementation]:
+def _resolve_tensor(name: str, tensor: Tensor, backend: str | None) -> Resolved:
     checks.check_tensor(name, tensor)
     checks.check_floating(name, tensor.dtype)
     if tensor.dim() == 0:
         raise ValueError(f"{name} must have shape (batch, ...), got a scalar")
-    return _resolve(backend, tensor.shape, tensor.dtype, tensor.device)
+    return _resolve(backend, (), tensor.shape, tensor.dtype, tensor.device)
 
 
 def _run(

@@ -1,16 +1,9 @@
 """What the attention ops share: tensors of (batch, num_heads, seqlen, head_dim)."""
 
-import torch
 from torch import Tensor
 
 from leedl_fast.ops import checks
-
-Kind = tuple[torch.Size, torch.dtype, torch.device]
-
-
-def kind(tensor: Tensor | None) -> Kind | None:
-    """What the checks need to know of a tensor."""
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+from leedl_fast.ops.checks import Kind
 
 
 def check_qkv(q: Kind, k: Kind, v: Kind) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from leedl_fast import reference
 from leedl_fast.backends import Implementation, table
 from leedl_fast.ops import checks
+from leedl_fast.ops.checks import Kind
 from leedl_fast.ops.contract import (
     Function,
     Operator,
@@ -16,7 +17,7 @@ from leedl_fast.ops.contract import (
     resolver,
     traced,
 )
-from leedl_fast.ops.heads import Kind, kind, last_contiguous
+from leedl_fast.ops.heads import last_contiguous
 
 REDUCTIONS = ("mean", "sum", "none")
 IGNORED = -100  # torch's number for a target that no loss counts
@@ -86,17 +87,11 @@ def linear_cross_entropy(
         ValueError: a shape, a value or a device is wrong. TypeError: a dtype or a type is wrong.
         NotImplementedError: the backend that was asked for cannot run the problem.
     """
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets)):
-        checks.check_tensor(name, tensor)
-    if bias is not None:
-        checks.check_tensor("bias", bias)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.promote_types(hidden.dtype, weight.dtype)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    problem, implementation = _resolve(
+    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight, bias = _promote(hidden, weight, bias)
+    problem, implementation, _ = _resolve(
         backend,
-        *(kind(tensor) for tensor in (hidden, weight, targets, bias)),
+        (hidden, weight, targets, bias),
         ignore_index,
         reduction,
         label_smoothing,
@@ -117,6 +112,15 @@ def linear_cross_entropy(
         else:
             loss = _forward(implementation, problem, *tensors)[0]
     return loss.view(shape) if reduction == "none" else loss
+
+
+def _promote(*tensors: Any) -> tuple[Any, ...]:
+    """All in the widest dtype of the first two; what is no tensor stays, for the checks to name."""
+    hidden, weight = tensors[:2]
+    if not isinstance(weight, Tensor):
+        return tensors
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) else x for x in tensors)
 
 
 def _check(
@@ -163,7 +167,7 @@ def _check(
     )
 
 
-_resolve = resolver("linear_cross_entropy", _check)
+_resolve = resolver("linear_cross_entropy", _check, "hidden", "weight", "targets", "bias?")
 
 
 def _check_targets(problem: Problem, targets: Tensor) -> None:

@@ -196,16 +196,19 @@ def test_bad_out_is_named(change: dict, error: type[Exception], message: str) ->
         add_layer_norm(**arguments)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "rows sliced", "expanded", "repeated"])
 def test_any_strides(layout: str) -> None:
     x = {
         "transposed": torch.randn(6, 5, 8).transpose(0, 1),
         "sliced": torch.randn(5, 6, 20)[..., 3:11],
+        "rows sliced": torch.randn(5, 9, 8)[:, 1:7],
         "expanded": torch.randn(1, 6, 1).expand(5, 6, 8),
+        "repeated": torch.randn(5, 1, 8).expand(5, 6, 8),
     }[layout]
+    weight, bias = torch.randn(2, 16)[:, ::2]
     for actual, expected in zip(
-        add_layer_norm(x, x.flip(0), backend="cpu"),
-        add_layer_norm(x, x.flip(0), backend="eager"),
+        add_layer_norm(x, x.flip(0), weight, bias, backend="cpu"),
+        add_layer_norm(x, x.flip(0), weight, bias, backend="eager"),
         strict=True,
     ):
         torch.testing.assert_close(actual, expected)

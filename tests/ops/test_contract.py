@@ -17,7 +17,8 @@ from leedl_fast import (
     linear_cross_entropy,
     use_backend,
 )
-from leedl_fast.backends import select
+from leedl_fast.backends import cpu_modules, select
+from leedl_fast.ops import contract
 from leedl_fast.ops.contract import OPERATORS
 from leedl_fast.testing.compare import poisoned_outputs
 
@@ -253,3 +254,75 @@ def test_every_backend_gives_its_reason() -> None:
 def test_the_public_names() -> None:
     for name in leedl_fast.__all__:
         assert getattr(leedl_fast, name).__doc__
+
+
+class Subclass(Tensor):
+    pass
+
+
+X = torch.zeros(2, 3)
+SIGNATURES = pytest.mark.parametrize(
+    "signature",
+    [contract._signature, *(module.signature for module in cpu_modules.modules().values())],
+    ids=["Python", *cpu_modules.modules()],
+)
+
+
+@SIGNATURES
+def test_equal_calls_have_equal_signatures(signature: Callable) -> None:
+    calls = [
+        (X,),
+        (X, None),
+        (None, X),
+        (X, X),
+        (X.double(),),
+        (X.bfloat16(),),
+        (X.half(),),
+        (X.bool(),),
+        (X.byte(),),
+        (X.T,),
+        (X[None],),
+        (X[0],),
+        (X[0, 0],),
+        (X[:0],),
+        (X.flatten(),),
+        (),
+    ]
+    keys = [signature(*call) for call in calls]
+    assert None not in keys
+    assert len(set(keys)) == len(calls)
+    again = [torch.ones(3, 2).T, torch.nn.Parameter(X), X.clone().requires_grad_() + 1]
+    assert {signature(x) for x in again} == {keys[0]}
+
+
+@SIGNATURES
+@pytest.mark.parametrize(
+    "argument",
+    [X.as_subclass(Subclass), X.to_sparse(), X.numpy(), [1.0], 2.0, "x"],
+    ids=lambda argument: type(argument).__name__,
+)
+def test_what_is_no_plain_tensor_has_no_signature(signature: Callable, argument: object) -> None:
+    if isinstance(argument, Tensor) and argument.is_sparse and signature is contract._signature:
+        pytest.skip("shape, dtype and device are all that Python asks for")
+    assert signature(X, argument) is None
+
+
+def test_the_memory_of_checked_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "MOST_REMEMBERED", 3)
+    checked = []
+    resolve = contract.resolver("diffusion", lambda x, n: checked.append(n) or CPU_PROBLEM, "x")
+    for n in (0, 1, 0, 2, 3, 3, 0):
+        resolve(None, (X,), n)
+    assert checked == [0, 1, 2, 3, 0]
+
+
+CPU_PROBLEM = torch.empty(0)  # all that the backends ask of a problem is its device
+
+
+@pytest.mark.parametrize("isa", cpu_modules.modules())
+def test_compiled_code_takes_tensors_only(isa: str) -> None:
+    run = cpu_modules.modules()[isa].add_layer_norm_forward
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        run(X, X, X.numpy(), X, None, None, None, 1e-5, False, 0.0, 1)
+    with pytest.raises(RuntimeError, match="storage"):
+        run(X, X, X.to_sparse(), X, None, None, None, 1e-5, False, 0.0, 1)
