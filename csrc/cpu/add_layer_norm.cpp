@@ -323,7 +323,7 @@ class Parameter {
 
 // Calls body(Tag<X>(), Tag<R>()) for the dtypes of x and of residual: the same, or float beside two bytes.
 template <typename Body>
-void dispatch_pair(int dtype, int residual_dtype, const Body& body) {
+void dispatch_pair(DType dtype, DType residual_dtype, const Body& body) {
   dispatch(dtype, [&](auto tag) {
     if constexpr (kIsTwoBytes<typename decltype(tag)::Type>) {
       if (residual_dtype != dtype) return body(tag, Tag<float>());

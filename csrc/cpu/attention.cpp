@@ -1,76 +1,67 @@
-// Attention for Python: from addresses and numbers to the arguments of the kernels.
+// Attention for Python: from tensors and numbers to the arguments of the kernels.
 #include "attention.h"
 
-#include <array>
-#include <tuple>
-
+#include "attention_tensors.h"
 #include "dtypes.h"
 #include "entry_points.h"
 
 namespace leedl {
 namespace {
 
-AttentionOptions make_options(const Sizes& s, const Pointers& pointers, const Options& options) {
-  const auto& [num_threads, num_sequences, softmax_scale, window_left, window_right, normalizer, softcap, dropout_p,
-               bias_strides, alibi_stride] = options;
-  return {{s[0], s[1], s[2], s[3], s[4], s[5], s[6]},
-          pointer<const int64_t>(pointers[3]),
-          pointer<const int64_t>(pointers[4]),
-          pointer<const int64_t>(pointers[5]),
-          num_sequences,
+AttentionOptions make_options(const AttentionSizes& sizes, const AttentionInputs& inputs, const Options& options) {
+  const auto& [bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed] = inputs;
+  const auto& [softmax_scale, window_left, window_right, normalizer, softcap, dropout_p, num_threads] = options;
+  return {sizes,
+          key_lengths.data<const int64_t>(),
+          cu_seqlens_q.data<const int64_t>(),
+          cu_seqlens_k.data<const int64_t>(),
+          cu_seqlens_q ? cu_seqlens_q.size(0) - 1 : 0,
           softmax_scale,
           window_left,
           window_right,
           static_cast<Normalizer>(normalizer),
           softcap,
           dropout_p,
-          pointer<const int64_t>(pointers[6]),
+          seed.data<const int64_t>(),
           num_threads};
 }
 
 template <typename T>
-ScoreTerms<T> make_terms(const Pointers& pointers, const Options& options) {
-  const std::array<int64_t, 3>& strides = std::get<8>(options);
-  return {{pointer<const T>(pointers[0]), strides[0], strides[1], strides[2]},
-          pointer<const Accumulate<T>>(pointers[1]),
-          pointer<const Accumulate<T>>(pointers[2]),
-          std::get<9>(options)};
+ScoreTerms<T> make_terms(const AttentionInputs& inputs) {
+  const auto& [bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed] = inputs;
+  return {bias_tensor<const T>(bias), sinks.data<const Accumulate<T>>(), alibi_slopes.data<const Accumulate<T>>(),
+          alibi_slopes.dimensions() == 2 ? alibi_slopes.size(1) : 0};
 }
 
 }  // namespace
 
 namespace entry_points {
 
-void attention_forward(int dtype, std::uintptr_t out, std::uintptr_t lse, std::uintptr_t row_max,
-                       std::uintptr_t row_sum, std::uintptr_t q, std::uintptr_t k, std::uintptr_t v,
-                       const Pointers& pointers, const Sizes& sizes, const Strides<4>& strides,
+void attention_forward(const Tensor& out, const Tensor& lse, const Tensor& row_max, const Tensor& row_sum,
+                       const Tensor& q, const Tensor& k, const Tensor& v, const AttentionInputs& inputs,
                        const Options& options) {
-  dispatch(dtype, [&](auto tag) {
+  dispatch(q.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    leedl::attention_forward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
-                          head_tensor<T>(out, strides, 0), pointer<A>(lse), pointer<A>(row_max), pointer<A>(row_sum),
-                          head_tensor<const T>(q, strides, 1), head_tensor<const T>(k, strides, 2),
-                          head_tensor<const T>(v, strides, 3)});
+    leedl::attention_forward<T>({make_options(attention_sizes(q, k, v), inputs, options), make_terms<T>(inputs),
+                                 head_tensor<T>(out), lse.data<A>(), row_max.data<A>(), row_sum.data<A>(),
+                                 head_tensor<const T>(q), head_tensor<const T>(k), head_tensor<const T>(v)});
   });
 }
 
-void attention_backward(int dtype, std::uintptr_t dq, std::uintptr_t dk, std::uintptr_t dv, std::uintptr_t dbias,
-                        std::uintptr_t dsinks, std::uintptr_t dout, std::uintptr_t dlse, std::uintptr_t q,
-                        std::uintptr_t k, std::uintptr_t v, std::uintptr_t out, std::uintptr_t row_max,
-                        std::uintptr_t row_sum, const Pointers& pointers, const Sizes& sizes, const Strides<8>& strides,
-                        const std::array<int64_t, 4>& dbias_strides_and_size, const Options& options) {
-  dispatch(dtype, [&](auto tag) {
+void attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& dbias, const Tensor& dsinks,
+                        const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const AttentionInputs& inputs, const Tensor& out, const Tensor& row_max, const Tensor& row_sum,
+                        const Options& options) {
+  dispatch(q.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    const std::array<int64_t, 4>& d = dbias_strides_and_size;
-    leedl::attention_backward<T>({make_options(sizes, pointers, options), make_terms<T>(pointers, options),
-                           head_tensor<T>(dq, strides, 0), head_tensor<T>(dk, strides, 1),
-                           head_tensor<T>(dv, strides, 2), {pointer<A>(dbias), d[0], d[1], d[2]}, d[3],
-                           pointer<A>(dsinks), head_tensor<const T>(dout, strides, 3),
-                           head_tensor<const T>(q, strides, 4), head_tensor<const T>(k, strides, 5),
-                           head_tensor<const T>(v, strides, 6), head_tensor<const T>(out, strides, 7),
-                           pointer<const A>(row_max), pointer<const A>(row_sum), pointer<const A>(dlse)});
+    leedl::attention_backward<T>({make_options(attention_sizes(q, k, v), inputs, options), make_terms<T>(inputs),
+                                  head_tensor<T>(dq), head_tensor<T>(dk), head_tensor<T>(dv), bias_tensor<A>(dbias),
+                                  dbias.numel(), dsinks.data<A>(), head_tensor<const T>(dout),
+                                  head_tensor<const T>(q), head_tensor<const T>(k), head_tensor<const T>(v),
+                                  head_tensor<const T>(out), row_max.data<const A>(), row_sum.data<const A>(),
+                                  dlse.data<const A>()});
   });
 }
 

@@ -69,12 +69,6 @@ struct HeadTensor {
   }
 };
 
-// Tensor number `index` of those whose (batch, head, seq) strides stand one after another.
-template <typename T, size_t kSize>
-inline HeadTensor<T> head_tensor(std::uintptr_t data, const std::array<int64_t, kSize>& strides, size_t index) {
-  return {pointer<T>(data), strides[3 * index], strides[3 * index + 1], strides[3 * index + 2]};
-}
-
 struct AttentionOptions {
   AttentionSizes sizes;
   const int64_t* key_lengths;                  // (batch), or null

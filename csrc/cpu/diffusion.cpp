@@ -30,6 +30,9 @@ template <typename T>
 alignas(64) const T kZeros[kChunk] = {};
 
 struct Samples {
+  Samples(const Tensor& samples, int threads)
+      : batch(samples.size(0)), n(batch == 0 ? 0 : samples.numel() / batch), num_threads(threads) {}
+
   int64_t batch, n;
   int num_threads;
 
@@ -181,12 +184,11 @@ void step_chunk(T* prev, const M* m, const T* x, const A* z, const double* c, do
 
 namespace entry_points {
 
-void randn(int dtype, std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n,
-           int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void randn(const Tensor& out, const Tensor& seeds, const Tensor& streams, int num_threads) {
+  dispatch(out.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
-    const Noise<T> noise = {nullptr, pointer<const int64_t>(seeds), pointer<const int64_t>(streams), nullptr, 0};
-    fill_chunks<T>(pointer<T>(out), {batch, n, num_threads}, noise,
+    const Noise<T> noise = {nullptr, seeds.data<const int64_t>(), streams.data<const int64_t>(), nullptr, 0};
+    fill_chunks<T>(out.data<T>(), Samples(out, num_threads), noise,
                    [](int64_t, int64_t, int64_t count, const auto* z, T* target) {
                      fill_vectors<Accumulate<T>>(target, count, [z](auto load) { return load(z); });
                    });
@@ -194,15 +196,15 @@ void randn(int dtype, std::uintptr_t out, std::uintptr_t seeds, std::uintptr_t s
 }
 
 // noisy = c0 * sample + c1 * noise, with coefficients[b] = (c0, c1).
-void add_noise(int dtype, std::uintptr_t noisy, std::uintptr_t sample, std::uintptr_t noise,
-               std::uintptr_t coefficients, std::uintptr_t seeds, int64_t batch, int64_t n, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void add_noise(const Tensor& noisy, const Tensor& sample, const Tensor& noise, const Tensor& coefficients,
+               const Tensor& seeds, int num_threads) {
+  dispatch(noisy.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    const double* c = pointer<const double>(coefficients);
-    const T* x = pointer<const T>(sample);
-    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c + 1, 2};
-    fill_chunks<T>(pointer<T>(noisy), {batch, n, num_threads}, source,
+    const double* c = coefficients.data<const double>();
+    const T* x = sample.data<const T>();
+    const Noise<T> source = {noise.data<const T>(), seeds.data<const int64_t>(), nullptr, c + 1, 2};
+    fill_chunks<T>(noisy.data<T>(), Samples(noisy, num_threads), source,
                    [=](int64_t b, int64_t offset, int64_t count, const A* z, T* target) {
                      const auto c0 = Vec<A>::broadcast(static_cast<A>(c[2 * b]));
                      const auto c1 = Vec<A>::broadcast(static_cast<A>(c[2 * b + 1]));
@@ -212,44 +214,43 @@ void add_noise(int dtype, std::uintptr_t noisy, std::uintptr_t sample, std::uint
 }
 
 // sums[b] = the sum of (model_output - target)^2 over sample b: each chunk in A, the chunks in double and in order.
-void noise_prediction_loss_forward(int dtype, std::uintptr_t sums, std::uintptr_t model_output, std::uintptr_t sample,
-                                   std::uintptr_t noise, std::uintptr_t coefficients, std::uintptr_t seeds,
-                                   int64_t batch, int64_t n, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void noise_prediction_loss_forward(const Tensor& sums, const Tensor& model_output, const Tensor& sample,
+                                   const Tensor& noise, const Tensor& coefficients, const Tensor& seeds,
+                                   int num_threads) {
+  dispatch(model_output.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
-    const T* y = pointer<const T>(model_output);
+    const Target<T> target = {sample.data<const T>(), coefficients.data<const double>()};
+    const T* y = model_output.data<const T>();
     const double* c1 = target.coefficients + 1;
-    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c1, 2};
-    const Samples samples = {batch, n, num_threads};
+    const Noise<T> source = {noise.data<const T>(), seeds.data<const int64_t>(), nullptr, c1, 2};
+    const Samples samples(model_output, num_threads);
     const int64_t blocks = samples.blocks();
-    std::vector<double> partial(batch * blocks, 0.0);
+    std::vector<double> partial(samples.batch * blocks, 0.0);
     for_each_chunk(samples, source, [&](int64_t b, int64_t block, int64_t offset, int64_t count, const A* z) {
       partial[b * blocks + block] +=
           squared_error(y + offset, target.chunk(b, offset), z, target.c0(b), target.c1(b), count);
     });
-    for (int64_t b = 0; b < batch; ++b) {
+    for (int64_t b = 0; b < samples.batch; ++b) {
       double sum = 0;
       for (int64_t block = 0; block < blocks; ++block) sum += partial[b * blocks + block];
-      pointer<double>(sums)[b] = sum;
+      sums.data<double>()[b] = sum;
     }
   });
 }
 
 // dmodel_output = 2 * dsums[b] * (model_output - target)
-void noise_prediction_loss_backward(int dtype, std::uintptr_t dmodel_output, std::uintptr_t model_output,
-                                    std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients,
-                                    std::uintptr_t dsums, std::uintptr_t seeds, int64_t batch, int64_t n,
-                                    int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void noise_prediction_loss_backward(const Tensor& dmodel_output, const Tensor& model_output, const Tensor& sample,
+                                    const Tensor& noise, const Tensor& coefficients, const Tensor& dsums,
+                                    const Tensor& seeds, int num_threads) {
+  dispatch(dmodel_output.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    const Target<T> target = {pointer<const T>(sample), pointer<const double>(coefficients)};
-    const T* y = pointer<const T>(model_output);
-    const double *scales = pointer<const double>(dsums), *c1 = target.coefficients + 1;
-    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), nullptr, c1, 2};
-    fill_chunks<T>(pointer<T>(dmodel_output), {batch, n, num_threads}, source,
+    const Target<T> target = {sample.data<const T>(), coefficients.data<const double>()};
+    const T* y = model_output.data<const T>();
+    const double *scales = dsums.data<const double>(), *c1 = target.coefficients + 1;
+    const Noise<T> source = {noise.data<const T>(), seeds.data<const int64_t>(), nullptr, c1, 2};
+    fill_chunks<T>(dmodel_output.data<T>(), Samples(dmodel_output, num_threads), source,
                    [=](int64_t b, int64_t offset, int64_t count, const A* z, T* dy) {
                      const auto scale = Vec<A>::broadcast(static_cast<A>(2 * scales[b]));
                      const auto c0 = target.c0(b), c1 = target.c1(b);
@@ -261,17 +262,17 @@ void noise_prediction_loss_backward(int dtype, std::uintptr_t dmodel_output, std
   });
 }
 
-void step(int dtype, std::uintptr_t prev_sample, std::uintptr_t model_output, std::uintptr_t unconditional_output,
-          std::uintptr_t sample, std::uintptr_t noise, std::uintptr_t coefficients, double guidance_scale,
-          double clip_range, std::uintptr_t seeds, std::uintptr_t streams, int64_t batch, int64_t n, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void step(const Tensor& prev_sample, const Tensor& model_output, const Tensor& unconditional_output,
+          const Tensor& sample, const Tensor& noise, const Tensor& coefficients, const Tensor& seeds,
+          const Tensor& streams, double guidance_scale, double clip_range, int num_threads) {
+  dispatch(prev_sample.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
     using A = Accumulate<T>;
-    const double* all_coefficients = pointer<const double>(coefficients);
-    const T *conditional = pointer<const T>(model_output), *unconditional = pointer<const T>(unconditional_output);
-    const T* current = pointer<const T>(sample);
+    const double* all_coefficients = coefficients.data<const double>();
+    const T *conditional = model_output.data<const T>(), *unconditional = unconditional_output.data<const T>();
+    const T* current = sample.data<const T>();
     const auto guidance = Vec<A>::broadcast(static_cast<A>(guidance_scale));
-    const Noise<T> source = {pointer<const T>(noise), pointer<const int64_t>(seeds), pointer<const int64_t>(streams),
+    const Noise<T> source = {noise.data<const T>(), seeds.data<const int64_t>(), streams.data<const int64_t>(),
                              all_coefficients + 5, 6};
     const auto kernel = [=](int64_t b, int64_t offset, int64_t count, const A* z, T* prev) {
       const double* c = all_coefficients + 6 * b;
@@ -285,7 +286,7 @@ void step(int dtype, std::uintptr_t prev_sample, std::uintptr_t model_output, st
         step_chunk(prev, guided, x, z, c, clip_range, count);
       }
     };
-    fill_chunks<T>(pointer<T>(prev_sample), {batch, n, num_threads}, source, kernel);
+    fill_chunks<T>(prev_sample.data<T>(), Samples(prev_sample, num_threads), source, kernel);
   });
 }
 

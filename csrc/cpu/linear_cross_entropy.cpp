@@ -184,20 +184,18 @@ class Run {
 
 namespace entry_points {
 
-// `loss` or `dhidden` and `dweight` may be null, and are not made; dloss null means 1.
-void linear_cross_entropy(int dtype, std::uintptr_t loss, std::uintptr_t dhidden, std::uintptr_t dweight,
-                          std::uintptr_t dbias, std::uintptr_t dloss, std::uintptr_t hidden, std::uintptr_t weight,
-                          std::uintptr_t bias, std::uintptr_t targets, int64_t rows, int64_t features, int64_t classes,
-                          int64_t hidden_stride, int64_t weight_stride, int64_t ignore_index, bool per_row, bool mean,
-                          double label_smoothing, int num_threads) {
-  dispatch(dtype, [&](auto tag) {
+void linear_cross_entropy(const Tensor& loss, const Tensor& dhidden, const Tensor& dweight, const Tensor& dbias,
+                          const Tensor& dloss, const Tensor& hidden, const Tensor& weight, const Tensor& bias,
+                          const Tensor& targets, int64_t ignore_index, bool per_row, bool mean, double label_smoothing,
+                          int num_threads) {
+  dispatch(hidden.dtype(), [&](auto tag) {
     using X = typename decltype(tag)::Type;
     using T = Accumulate<X>;
     const LinearCrossEntropy<X> args = {
-        pointer<X>(loss), pointer<T>(dhidden), pointer<T>(dweight), pointer<T>(dbias), pointer<const X>(dloss),
-        pointer<const X>(hidden), pointer<const X>(weight), pointer<const X>(bias), pointer<const int64_t>(targets),
-        rows, features, classes, hidden_stride, weight_stride, ignore_index, per_row, mean, label_smoothing,
-        num_threads};
+        loss.data<X>(), dhidden.data<T>(), dweight.data<T>(), dbias.data<T>(), dloss.data<const X>(),
+        hidden.data<const X>(), weight.data<const X>(), bias.data<const X>(), targets.data<const int64_t>(),
+        hidden.size(0), hidden.size(1), weight.size(0), hidden.stride(0), weight.stride(0), ignore_index, per_row,
+        mean, label_smoothing, num_threads};
     Run<X>(args).run();
   });
 }

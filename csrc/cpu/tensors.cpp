@@ -2,8 +2,7 @@
 
 #include <array>
 #include <cstring>
-
-#include "dtypes.h"
+#include <stdexcept>
 
 namespace leedl {
 namespace {
@@ -74,25 +73,19 @@ PyCFunction erased(Function* function) {
 
 }  // namespace
 
-int Tensor::dtype() const {
+DType Tensor::dtype() const {
   const auto [code, bits, lanes] = tensor_.dtype;
-  DType dtype;
-  if (code == dlpack::kFloat && bits == 32) {
-    dtype = DType::kFloat32;
-  } else if (code == dlpack::kFloat && bits == 64) {
-    dtype = DType::kFloat64;
-  } else if (code == dlpack::kBFloat && bits == 16) {
-    dtype = DType::kBFloat16;
-  } else if (code == dlpack::kFloat && bits == 16) {
-    dtype = DType::kFloat16;
-  } else {
-    return -1;
+  if (lanes == 1) {
+    if (code == dlpack::kFloat && bits == 32) return DType::kFloat32;
+    if (code == dlpack::kFloat && bits == 64) return DType::kFloat64;
+    if (code == dlpack::kBFloat && bits == 16) return DType::kBFloat16;
+    if (code == dlpack::kFloat && bits == 16) return DType::kFloat16;
   }
-  return lanes == 1 ? static_cast<int>(dtype) : -1;
+  throw std::invalid_argument("a tensor must be float32, float64, bfloat16 or float16");
 }
 
 int64_t Tensor::numel() const {
-  int64_t numel = 1;
+  int64_t numel = tensor_.data == nullptr ? 0 : 1;
   for (int i = 0; i < tensor_.ndim; ++i) numel *= tensor_.shape[i];
   return numel;
 }

@@ -1,5 +1,5 @@
-// Tensors that Python hands over themselves, where reading their addresses and sizes there would cost as much as a small
-// kernel does.
+// The tensors that Python hands over. They are read here, because to ask them for addresses, sizes and strides in Python
+// costs as much as a small kernel.
 #pragma once
 
 #include <Python.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "dlpack.h"
+#include "dtypes.h"
 
 namespace leedl {
 
@@ -16,14 +17,18 @@ class Tensor {
   Tensor() : tensor_{} {}
   explicit Tensor(const dlpack::Tensor& tensor) : tensor_(tensor) {}
 
+  explicit operator bool() const { return tensor_.data != nullptr; }
+
   std::uintptr_t address() const { return reinterpret_cast<std::uintptr_t>(tensor_.data) + tensor_.byte_offset; }
   template <typename T>
   T* data() const {
     return reinterpret_cast<T*>(address());
   }
-  int dtype() const;  // the number of its DType, -1 for another dtype or none
+  DType dtype() const;  // throws where it is another one
+  int dimensions() const { return tensor_.ndim; }
   int64_t size(int dimension) const { return tensor_.shape[dimension < 0 ? tensor_.ndim + dimension : dimension]; }
-  int64_t numel() const;
+  int64_t stride(int dimension) const { return tensor_.strides[dimension]; }  // in elements
+  int64_t numel() const;  // 0 for none
   bool is_contiguous() const;
   // The distance between rows along the last dimension where it is the same from each to the next and their elements lie
   // one after another; -1 otherwise.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from leedl_fast.backends import cpu, cpu_modules
+from leedl_fast.backends import cpu_modules
 from leedl_fast.reference import philox
 
 # Random123's known answers for philox4x32-10: counter, key, words.
@@ -41,9 +41,7 @@ def randn(
     guard = 64
     buffer = torch.full((len(seeds) * n + 2 * guard,), float("nan"), dtype=dtype)
     out = buffer[guard : guard + len(seeds) * n]
-    pointers = out.data_ptr(), seeds.data_ptr(), 0 if streams is None else streams.data_ptr()
-    run = cpu_modules.modules()[isa].randn
-    run(cpu.DTYPE_NUMBERS[dtype], *pointers, len(seeds), n, num_threads)
+    cpu_modules.modules()[isa].randn(out.view(len(seeds), n), seeds, streams, num_threads)
     assert buffer[:guard].isnan().all()
     assert buffer[guard + len(seeds) * n :].isnan().all()
     return out.view(len(seeds), n)
