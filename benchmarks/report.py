@@ -11,6 +11,7 @@ from rich.text import Text
 
 from leedl_fast.benchmarks import results as r
 from leedl_fast.benchmarks.suite import EAGER, OURS
+from leedl_fast.files import write_file
 
 PAGE_NAME = "index.html"
 # Of the tables in the terminal, with their widths: 80 in all.
@@ -32,8 +33,8 @@ def write_report(results: r.Results, folder: Path) -> Path:
 
     r.save(results, folder / "results.json")
     for name, image in draw(results, "light", "png").items():
-        r.write_atomically(folder / f"{name}.png", image)
-    r.write_atomically(folder / PAGE_NAME, render(results))
+        write_file(image, folder / f"{name}.png")
+    write_file(render(results).encode(), folder / PAGE_NAME)
     return folder / PAGE_NAME
 
 

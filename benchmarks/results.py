@@ -2,13 +2,12 @@
 
 import importlib.metadata
 import json
-import os
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from leedl_fast.benchmarks.suite import OURS, Recorder
+from leedl_fast.files import write_file
 from leedl_fast.testing.bench import Ceilings, machine
 
 SCHEMA = 1
@@ -59,22 +58,8 @@ def _instruction_set(backend: str) -> str | None:
     return cpu_modules.isa()
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """A reader sees the old file or the whole new one."""
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def save(results: Results, path: Path) -> None:
-    write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_file((json.dumps(results, indent=1, allow_nan=False) + "\n").encode(), path)
 
 
 def ours(case: dict[str, Any]) -> dict[str, Any]:

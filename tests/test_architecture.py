@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "leedl_fast"
 # What each part of the package may import from the package, itself aside.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
+    "files": set(),
     "reference": set(),
     "backends": {"config", "kernels"},
     "ops": {"backends", "reference"},
@@ -17,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "layers": {"ops", "backends"},
     "data": {"config"},
     "models": {"layers", "ops"},
-    "training": {"models", "layers", "ops", "backends", "data", "testing"},
+    "training": {"models", "layers", "ops", "backends", "data", "files", "testing"},
     "integrations": {"layers", "ops"},
     "doctor": {"backends", "config"},
     "tuning": {"ops", "kernels"},

@@ -3,34 +3,15 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from leedl_fast.files import write_file
+
 KEY = "leedl_fast"  # where a checkpoint says which model it holds, and how that was trained
 FORMAT = 2
-
-
-def write_file(content: bytes | memoryview, path: str | Path) -> None:
-    """Under a temporary name first: killed at any time, `path` is the old file or the new one.
-
-    Raises:
-        OSError: it cannot be written, with `path` in its text; the old file is as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:

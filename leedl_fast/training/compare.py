@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 from leedl_fast.backends import use_backend
+from leedl_fast.files import write_file
 from leedl_fast.testing.bench import peak_memory
-from leedl_fast.training.checkpoint import write_file
 from leedl_fast.training.engine import make_task, train
 from leedl_fast.training.pictures import write_curves
 from leedl_fast.training.settings import RunConfig

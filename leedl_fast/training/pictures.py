@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leedl_fast.training.checkpoint import write_file
+from leedl_fast.files import write_file
 
 MAX_HEADS = 8  # of a layer, and layers, in one picture of maps
 
@@ -55,7 +55,7 @@ def write_maps(maps: Mapping[str, Tensor], path: str | Path) -> None:
     figure = _figure(2.2 * columns + 0.6, 2.4 * len(names))
     axes = figure.subplots(len(names), columns, squeeze=False)
     for row, name in zip(axes, names, strict=True):
-        weights = maps[name][0].detach().float().cpu()
+        weights = maps[name][0].detach().float().cpu().numpy()
         for head, axis in enumerate(row):
             axis.set_visible(head < len(weights))
             if head < len(weights):

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from leedl_fast.files import write_file
 from leedl_fast.testing.bench import machine, machine_name
-from leedl_fast.training.checkpoint import write_file
 from leedl_fast.training.registry import TASKS, task_class
 from leedl_fast.training.task import Goal, Task, Variant
 

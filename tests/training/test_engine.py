@@ -9,8 +9,7 @@ import threading
 import pytest
 import torch
 
-from leedl_fast import use_backend
-from leedl_fast.training import checkpoint as checkpoint_module
+from leedl_fast import files, use_backend
 from leedl_fast.training.callbacks import Recorder
 from leedl_fast.training.checkpoint import KEY, read_checkpoint, write_checkpoint
 from leedl_fast.training.engine import checkpoint_run, load_task, resumed_run, train
@@ -232,7 +231,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     def full_disk(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_checkpoint({"number": 2}, path)
     assert torch.load(path, weights_only=True) == {"number": 1}
