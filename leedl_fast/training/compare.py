@@ -102,7 +102,6 @@ def _side(run: RunConfig, backend: str) -> Side:
         outputs = forward(task.outputs).detach()
 
         def step() -> None:
-            task.zero_grad()
             forward(task.losses)["loss"].backward()
 
         step()
@@ -111,6 +110,8 @@ def _side(run: RunConfig, backend: str) -> Side:
             for name, parameter in task.model.named_parameters()
             if parameter.grad is not None
         }
+        # Freed within a step, they would hide as many bytes of it, or not: the allocator decides.
+        task.zero_grad()
         memory = peak_memory(step)
         result = train(run, backend=backend, quiet=True)
     if result.interrupted:  # training takes Ctrl-C for itself, to end after a whole step

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from math import nan
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,18 @@ def test_eager_and_fused_agree():
     assert all(gradient.abs().max() > 0 for gradient in eager.gradients.values())
     assert len(eager.losses) == len(fast.losses) == 4
     assert eager.step_time > 0
+
+
+def test_the_memory_of_a_step_holds_its_gradients(monkeypatch):
+    trained = SimpleNamespace(interrupted=False, losses=[1.0], step_times=[1.0])
+    monkeypatch.setattr(compare_module, "train", lambda *arguments, **options: trained)
+    sizes = {"num_layers": 1, "embed_dim": 512, "num_heads": 8, "batch_size": 1}
+    comparison = compare_backends(configure("gpt", **SMALL | sizes), "cpu")
+    for name, side in comparison.sides.items():
+        if side.memory is None:
+            pytest.skip("this system does not say what memory was used")
+        gradients = sum(gradient.nbytes for gradient in side.gradients.values())
+        assert gradients < side.memory < 2 * gradients, name
 
 
 def test_the_table_the_plot_and_the_numbers(command, tmp_path):
