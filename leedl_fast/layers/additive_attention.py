@@ -101,11 +101,12 @@ class AdditiveAttention(nn.Module):
                     f"{name} must have shape (batch, seqlen, {self.embed_dim}), "
                     f"got {tuple(x.shape)}"
                 )
+        q = self._split_heads(self.q_proj(query))
         out = additive_attention(
-            self._split_heads(self.q_proj(query)),
+            q,
             self._split_heads(self.k_proj(key)),
             self._split_heads(self.v_proj(value)),
-            self.score_weight,
+            self.score_weight.to(q.dtype),  # under autocast the projections are of another one
             causal=self.causal,
             window=self.window,
             key_lengths=key_lengths,

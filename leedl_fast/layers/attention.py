@@ -269,7 +269,7 @@ class MultiHeadAttention(nn.Module):
                 q,
                 k,
                 v,
-                self.score_weight,
+                self.score_weight.to(q.dtype),  # under autocast q is of another one
                 causal=self.causal,
                 window=self.window,
                 key_lengths=key_lengths,

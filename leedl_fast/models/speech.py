@@ -123,8 +123,10 @@ class FrameEncoder(nn.Module):
         return self.encoder(self.dropout(self.positions(x)), key_lengths=lengths)
 
 
-class FrameClassifier(nn.Module):
-    """N to N: a class for every frame, such as who speaks. mean, deviation: see FrameEncoder."""
+class SpeechClassifier(nn.Module):
+    """What both classifiers have: the encoder, dropout and a linear layer. mean, deviation: see
+    FrameEncoder.
+    """
 
     def __init__(
         self, config: SpeechConfig, mean: Tensor | None = None, deviation: Tensor | None = None
@@ -134,6 +136,10 @@ class FrameClassifier(nn.Module):
         self.encoder = FrameEncoder(config, mean, deviation)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.embed_dim, config.num_classes)
+
+
+class FrameClassifier(SpeechClassifier):
+    """N to N: a class for every frame, such as who speaks."""
 
     def forward(self, frames: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (batch, seqlen, num_classes); frames and lengths: see FrameEncoder."""
@@ -144,20 +150,16 @@ class FrameClassifier(nn.Module):
         return F.cross_entropy(self(frames, lengths).transpose(1, 2), targets, ignore_index=IGNORED)
 
 
-class UtteranceClassifier(nn.Module):
-    """N to 1: a class for all frames together, such as whose utterance it is, by attention pooling.
-    mean, deviation: see FrameEncoder.
+class UtteranceClassifier(SpeechClassifier):
+    """N to 1: a class for all frames together, such as whose utterance it is, by attention
+    pooling.
     """
 
     def __init__(
         self, config: SpeechConfig, mean: Tensor | None = None, deviation: Tensor | None = None
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = FrameEncoder(config, mean, deviation)
+        super().__init__(config, mean, deviation)
         self.pooling = AttentionPooling(config.embed_dim, config.num_heads)
-        self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.embed_dim, config.num_classes)
 
     def forward(self, frames: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Logits (batch, num_classes); frames and lengths: see FrameEncoder."""

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from leedl_fast.backends import use_backend
 from leedl_fast.training.callbacks import (
@@ -34,6 +35,7 @@ from leedl_fast.training.settings import RunConfig, changed_run
 from leedl_fast.training.task import Task, lightning
 
 CHECKPOINT_NAME = "last.ckpt"
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 
 
 class Batches:
@@ -103,12 +105,15 @@ def train(
         resume: a checkpoint to go on from.
         backend: as for `use_backend`; None leaves the choice as it is.
         accelerator, devices, strategy: Lightning's; with several devices each has batches of its
-            own, and a step is one on each of them.
+            own, and a step is one on each of them. A strategy is one of STRATEGIES: with FSDP and
+            its like no device holds the whole model, which averages, evaluation and checkpoints
+            need, and Lightning does not clip its gradients.
         quiet: no progress bar and no lines.
 
     A first Ctrl-C ends the run after the step at work, with a checkpoint if there is an output; the
     result says so.
     """
+    _check_strategy(strategy)
     first_step = 0
     task = make_task(run)
     if resume is not None:
@@ -131,21 +136,27 @@ def train(
             )
         recorder = Recorder(result, run, checkpoint_path, report=not quiet and not show_bar)
         clips = task.automatic_optimization and run.settings.gradient_clip > 0
-        trainer = lightning.Trainer(
-            accelerator="cpu" if backend == "cpu" else accelerator,
-            devices=devices,
-            strategy=strategy,
-            precision=run.settings.precision,
-            max_epochs=-1,  # the recorder counts steps: a step may be of several optimizers
-            gradient_clip_val=run.settings.gradient_clip if clips else None,
-            plugins=[CheckpointFile(run.task)],
-            callbacks=[recorder, ProgressBar(result)] if show_bar else [recorder],
-            logger=logger,
-            log_every_n_steps=1,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            enable_progress_bar=False,
-        )
+        try:
+            trainer = lightning.Trainer(
+                accelerator="cpu" if backend == "cpu" else accelerator,
+                devices=devices,
+                strategy=strategy,
+                precision=run.settings.precision,
+                max_epochs=-1,  # the recorder counts steps: a step may be of several optimizers
+                gradient_clip_val=run.settings.gradient_clip if clips else None,
+                plugins=[CheckpointFile(run.task)],
+                callbacks=[recorder, ProgressBar(result)] if show_bar else [recorder],
+                logger=logger,
+                log_every_n_steps=1,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                enable_progress_bar=False,
+            )
+        except MisconfigurationException as error:
+            raise ValueError(
+                f"accelerator, devices and strategy must be what Lightning finds here, got "
+                f"{accelerator!r}, {devices} and {strategy!r}: {error}"
+            ) from None
         result.rank = trainer.global_rank
         with _stop_on_interrupt(recorder):
             trainer.fit(task, Batches(task, first_step), ckpt_path=resume)
@@ -156,6 +167,14 @@ def train(
             if task.logger:
                 task.logger.save()
     return result
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in STRATEGIES:
+        raise ValueError(
+            f"strategy must be one of {', '.join(STRATEGIES)}, which keep a whole model on every "
+            f"device, got {strategy!r}"
+        )
 
 
 def _output_folder(folder: Path, resume: str | Path | None) -> Path:

@@ -62,6 +62,7 @@ def write_maps(maps: Mapping[str, Tensor], path: str | Path) -> None:
                 axis.imshow(weights[head], cmap="viridis", aspect="auto", vmin=0)
                 axis.set_title(f"head {head}", fontsize=7)
                 axis.tick_params(labelsize=5)
+                axis.locator_params(integer=True)
         row[0].set_ylabel(f"{name}\nquery", fontsize=6)
     for axis in axes[-1]:
         axis.set_xlabel("key", fontsize=6)

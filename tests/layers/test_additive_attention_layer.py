@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from leedl_fast.layers import AdditiveAttention
+from leedl_fast.layers import AdditiveAttention, MultiHeadAttention
 from leedl_fast.reference.attention import visible_keys
 
 WIDTH, HEADS = 24, 3
@@ -77,6 +77,23 @@ def test_keys_beyond_key_lengths_change_nothing(backend):
     key[1, 4:] = 1e3
     assert torch.equal(layer(query, key, key_lengths=lengths), expected)
     torch.testing.assert_close(expected[1], layer(query[1:], key[1:, :4])[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [AdditiveAttention, lambda *sizes: MultiHeadAttention(*sizes, score="additive")],
+    ids=["alone", "as a score"],
+)
+def test_under_autocast_it_follows_float32(backend, make):
+    torch.manual_seed(0)
+    layer, x = make(WIDTH, HEADS), torch.randn(2, 19, WIDTH)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).abs().max() < 0.02 * expected.abs().max()
+    out.sum().backward()
+    assert layer.score_weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
-"""Lightning's DDP with two processes on one CPU."""
+"""Lightning's DDP with two processes on one CPU, and the strategies that are refused."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import leedl_fast
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
-from leedl_fast.training.engine import checkpoint_run, make_task
+from leedl_fast.training.engine import checkpoint_run, make_task, train
+from leedl_fast.training.registry import configure
 
 ROOT = Path(leedl_fast.__file__).parent.parent
 
@@ -52,3 +54,16 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path):
     for (name, value), old in zip(task.named_parameters(), before, strict=True):
         torch.testing.assert_close(checkpoint["state_dict"][name], value.data, atol=2e-5, rtol=0)
         assert (value - old).abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "fsdp"}, "strategy must be one of auto, ddp, .* got 'fsdp'"),
+        ({"devices": 0}, r"accelerator, devices and strategy must be .* got 'auto', 0 and 'auto'"),
+        ({"accelerator": "tpu"}, "accelerator, devices and strategy must be .* got 'tpu'"),
+    ],
+)
+def test_devices_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        train(configure("gpt"), quiet=True, **options)

@@ -158,3 +158,13 @@ def test_bad_input(calls, words, tmp_path):
     speakers.about["rate"] = None
     with pytest.raises(ValueError, match="sound must be None where training was not on WAV files"):
         shown(speakers, sound=str(tmp_path / "a.wav"))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("name", ["speech", "speakers"])
+def test_bfloat16_follows_float32(calls, words, name, precision):
+    data = str(calls if name == "speech" else words)
+    changes = {"data": data, "steps": 3, "max_length": 20, **TINY}
+    expected = train(configure(name, **changes), quiet=True)
+    result = train(configure(name, **changes, precision=precision), quiet=True)
+    assert result.losses == pytest.approx(expected.losses, rel=0.05)

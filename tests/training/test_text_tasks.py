@@ -195,6 +195,16 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped(small, tmp_path)
     assert half.losses + rest.losses[:1] == whole.losses[:4]
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("score", ["dot", "additive"])
+def test_bfloat16_follows_float32(small, score, precision):
+    name, changes = small
+    changes = {**changes, "steps": 3, "score": score}
+    expected = train(configure(name, **changes), quiet=True)
+    result = train(configure(name, **changes, precision=precision), quiet=True)
+    assert result.losses == pytest.approx(expected.losses, rel=0.02)
+
+
 def test_attention_maps_are_a_picture(small, tmp_path):
     from leedl_fast.layers.attention_maps import record_attention
 

@@ -4,6 +4,7 @@ import random
 import pytest
 import torch
 
+from leedl_fast.layers.attention_maps import record_attention
 from leedl_fast.models.transformer import END, PAD
 from leedl_fast.training.engine import make_task, train
 from leedl_fast.training.registry import configure
@@ -59,6 +60,26 @@ def test_variants_train(pairs, variant):
     assert translate(result.task, "no. 1").startswith("no. 1\n  -> ")
     outputs = result.task.outputs(result.task.batch(0))
     assert outputs.shape[2] == len(result.task.vocabulary)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("variant", ["", "copying", "non-autoregressive"])
+def test_bfloat16_follows_float32(pairs, variant, precision):
+    changes = {"data": pairs, "steps": 3, **TINY, "embed_dim": 16}
+    expected = train(configure("transformer", variant, **changes), quiet=True)
+    result = train(configure("transformer", variant, **changes, precision=precision), quiet=True)
+    assert result.losses == pytest.approx(expected.losses, rel=0.02)
+    assert result.metrics.keys() == expected.metrics.keys()
+
+
+def test_attention_maps_are_of_the_whole_translation(pairs):
+    task = make_task(configure("transformer", data=pairs, **TINY))
+    with record_attention(task.inference_model) as maps:
+        translation = translate(task, "no. 1").removeprefix("no. 1\n  -> ").removesuffix("\n")
+    said = maps["decoder.layers.0.multihead_attn"].shape[2]
+    assert said > 1
+    assert maps["decoder.layers.0.self_attn"].shape[2:] == (said, said)
+    assert len(translation) >= said - 1  # a token of it has a character at least
 
 
 def test_an_epoch_has_every_pair_once_sorted_by_length(pairs):

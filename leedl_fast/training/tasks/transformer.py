@@ -221,12 +221,14 @@ class TransformerTask(Task):
                 continue
             if not 1 <= len(tokens) <= limit:
                 raise ValueError(f"prompt must have 1 to {limit} tokens, got {len(tokens)}")
-            (said,) = decode(
-                self.inference_model,
+            inputs = (
                 torch.tensor([tokens], device=self.device),
                 torch.tensor([len(tokens)], device=self.device),
-                beam_size=beam_size,
             )
+            (said,) = decode(self.inference_model, *inputs, beam_size=beam_size)
+            if self.model.config.autoregressive:
+                # Once more without a cache: attention maps are of the whole translation.
+                self.inference_model(*inputs, torch.tensor([[BEGIN, *said]], device=self.device))
             yield f"{source}\n  -> {self.vocabulary.decode(said)}\n"
             if reference is not None:
                 yield f"  (reference: {reference})\n"
