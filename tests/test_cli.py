@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import leedl_fast
+from leedl_fast import files
 from leedl_fast.cli import app
-from leedl_fast.training import checkpoint as checkpoint_module
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
 
 ROOT = Path(leedl_fast.__file__).parent.parent  # for processes that begin in other folders
@@ -181,7 +181,7 @@ def test_a_full_disk_ends_training_with_the_last_whole_checkpoint(tmp_path, monk
         if len(writes) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", fsync)
+    monkeypatch.setattr(files.os, "fsync", fsync)
     path = tmp_path / "last.ckpt"
     result = run("train", "gpt", *TINY, "--output", tmp_path, "--quiet")
     assert_refused(result, f"No space left on device: '{path}'")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 JUDGE_STEPS = 500
 JUDGE_BATCH_SIZE = 128
+NEIGHBOURS = 3  # of `precision`, which needs more real images than these
 
 
 class Judge(nn.Module):
@@ -46,12 +47,12 @@ def train_judge(images: Tensor, labels: Tensor, num_labels: int) -> Judge:
     return judge.requires_grad_(False)
 
 
-def precision(images: Tensor, real: Tensor, *, neighbours: int = 3) -> float:
+def precision(images: Tensor, real: Tensor) -> float:
     """Share of `images` that lie within the distance of some real image to its third neighbour.
 
     Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models",
     equation 1, here in the space of pixels.
     """
     real, images = real.flatten(1), images.flatten(1)
-    radius = torch.cdist(real, real).kthvalue(neighbours + 1, dim=1).values  # the first is itself
+    radius = torch.cdist(real, real).kthvalue(NEIGHBOURS + 1, dim=1).values  # the first is itself
     return (torch.cdist(images, real) <= radius).any(dim=1).float().mean().item()

@@ -220,6 +220,13 @@ def test_a_folder_of_one_image_is_an_error(tmp_path, name):
         run(name, **TINY, data=write_folder(tmp_path, all=1))
 
 
+def test_a_gan_needs_neighbours_to_be_judged_by(tmp_path):
+    with pytest.raises(ValueError, match="at least 4 images to train on, got 3 and 1 held out"):
+        run("gan", **TINY, data=write_folder(tmp_path, a=2, b=2))
+    more = write_folder(tmp_path / "more", a=3, b=2)
+    assert "precision" in run("gan", **TINY, data=more).metrics
+
+
 def test_the_domains_are_disjoint_and_hold_every_digit(few_negatives):
     settings = task_class("cyclegan").Settings()
     domains = cyclegan.load_domains(settings)
@@ -235,6 +242,11 @@ def test_the_domains_are_disjoint_and_hold_every_digit(few_negatives):
 def test_a_normal_label_must_be_one_of_the_data():
     with pytest.raises(ValueError, match=r"normal_label must be one of \['0', .* got 'x'"):
         run("autoencoder", **TINY, normal_label="x")
+
+
+def test_anomalies_need_both_kinds_held_out(tmp_path):
+    with pytest.raises(ValueError, match=r"data must have images of 'a' to train on, and held out"):
+        run("autoencoder", **TINY, normal_label="a", data=write_folder(tmp_path, a=4, b=1))
 
 
 def test_measures_know_their_extremes():

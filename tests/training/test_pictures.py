@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leedl_fast.training import checkpoint as checkpoint_module
+from leedl_fast import files
 from leedl_fast.training.pictures import write_curves, write_grid, write_maps
 
 
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
     def full_disk(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint_module.os, "fsync", full_disk)
+    monkeypatch.setattr(files.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_grid(torch.ones(1, 1, 2, 2), tmp_path / "grid.png", columns=1)
     assert (tmp_path / "grid.png").read_bytes() == before

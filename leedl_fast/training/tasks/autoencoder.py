@@ -164,6 +164,12 @@ class AutoencoderTask(_ReconstructionTask):
         normal = data.label_names.index(label)
         self.train_images = train.images[train.labels == normal]
         self.is_anomaly = labels != normal
+        if not len(self.train_images) or self.is_anomaly.unique().numel() < 2:
+            raise ValueError(
+                f"data must have images of {label!r} to train on, and held out some of it and of "
+                f"others, got {len(self.train_images)}, {int((labels == normal).sum())} and "
+                f"{int(self.is_anomaly.sum())}"
+            )
 
     def evaluate(self) -> dict[str, float]:
         error = self._mean_squared_error()

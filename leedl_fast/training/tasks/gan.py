@@ -24,7 +24,7 @@ from leedl_fast.training.image_data import (
     picture_path,
     split_images,
 )
-from leedl_fast.training.judge import precision, train_judge
+from leedl_fast.training.judge import NEIGHBOURS, precision, train_judge
 from leedl_fast.training.pictures import write_grid
 from leedl_fast.training.task import Goal, SampleOptions, Variant
 
@@ -132,6 +132,12 @@ class GANTask(AdversarialTask):
     def attach(self, data: Images) -> None:
         super().attach(data)
         self.train_images, self.held_out = split_images(data, self.settings.seed)
+        num_images = len(self.train_images.images)
+        if num_images <= NEIGHBOURS:
+            raise ValueError(
+                f"data must have at least {NEIGHBOURS + 1} images to train on, got {num_images} "
+                f"and {len(self.held_out.images)} held out"
+            )
 
     def batch(self, index: int) -> list[Pairs]:
         """One triple for each step of the discriminator."""
