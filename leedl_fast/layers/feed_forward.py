@@ -37,6 +37,15 @@ def activation_function(activation: Activation) -> Callable[[Tensor], Tensor]:
     return ACTIVATIONS[activation]
 
 
+def hidden_width(embed_dim: int, hidden_dim: int | None) -> int:
+    """hidden_dim, or 4 * embed_dim where it is None."""
+    hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+    for name, value in (("embed_dim", embed_dim), ("hidden_dim", hidden_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    return hidden_dim
+
+
 def feed_forward(
     x: Tensor,
     linear1: nn.Linear,
@@ -75,10 +84,7 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
-        for name, value in (("embed_dim", embed_dim), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        hidden_dim = hidden_width(embed_dim, hidden_dim)
         self.activation = activation_function(activation)
         self.linear1 = nn.Linear(embed_dim, hidden_dim, bias=bias, device=device, dtype=dtype)
         self.dropout = nn.Dropout(dropout)

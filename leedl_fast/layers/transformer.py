@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from leedl_fast.layers.add_layer_norm import AddLayerNorm
 from leedl_fast.layers.attention import MultiHeadAttention
-from leedl_fast.layers.feed_forward import Activation, activation_function, feed_forward
+from leedl_fast.layers.feed_forward import (
+    Activation,
+    activation_function,
+    feed_forward,
+    hidden_width,
+)
 from leedl_fast.layers.kv_cache import DecoderCache, KVCache
 from leedl_fast.ops.windows import Window
 
@@ -65,7 +70,7 @@ class TransformerEncoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+        hidden_dim = hidden_width(embed_dim, hidden_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm_first = norm_first
         self.activation = activation_function(activation)
@@ -159,7 +164,7 @@ class TransformerDecoderLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden_dim = 4 * embed_dim if hidden_dim is None else hidden_dim
+        hidden_dim = hidden_width(embed_dim, hidden_dim)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         heads: dict[str, Any] = {
             "num_heads_k": num_heads_k,

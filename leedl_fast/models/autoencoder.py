@@ -37,7 +37,7 @@ class AutoencoderConfig:
     output_std: float = 0.2
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.patch_size)
+        check_sizes(self.image_size, self.patch_size, self.embed_dim)
         if self.latent_dim < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
         if not self.noise >= 0:

@@ -53,7 +53,14 @@ class BERTConfig:
     attention_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "max_length", "num_segments", "num_layers", "num_heads"):
+        for name in (
+            "vocab_size",
+            "max_length",
+            "num_segments",
+            "num_layers",
+            "num_heads",
+            "embed_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.positions not in ("learned", "rotary"):

@@ -39,7 +39,7 @@ class CycleGANConfig:
     cycle_weight: float = 10.0
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.patch_size)
+        check_sizes(self.image_size, self.patch_size, self.embed_dim)
         if self.num_discriminators not in (1, 2):
             raise ValueError(f"num_discriminators must be 1 or 2, got {self.num_discriminators}")
         for name in ("channels", "num_blocks"):

@@ -55,7 +55,7 @@ class GANConfig:
     gradient_penalty: float = 10.0
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.patch_size)
+        check_sizes(self.image_size, self.patch_size, self.embed_dim)
         for name, kind in (("latent", Latent), ("loss", Loss), ("condition", ConditionKind)):
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:

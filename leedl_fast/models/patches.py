@@ -33,10 +33,11 @@ def check_images(images: Tensor, *, multiple_of: int = 1) -> None:
         raise ValueError(f"images must have a size that {multiple_of} divides, got {shape[2]}")
 
 
-def check_sizes(image_size: int, patch_size: int) -> None:
+def check_sizes(image_size: int, patch_size: int, embed_dim: int) -> None:
     """What every config of images cut into patches must fulfil."""
-    if patch_size < 1:
-        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    for name, value in (("patch_size", patch_size), ("embed_dim", embed_dim)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     if image_size < 1 or image_size % patch_size:
         raise ValueError(
             f"image_size must be a positive multiple of patch_size ({patch_size}), got {image_size}"

@@ -47,7 +47,7 @@ class SpeechConfig:
     dropout: float = 0.3
 
     def __post_init__(self) -> None:
-        for name in ("num_features", "max_length", "num_layers", "num_heads"):
+        for name in ("num_features", "max_length", "num_layers", "num_heads", "embed_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_classes < 2:

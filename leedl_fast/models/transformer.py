@@ -62,7 +62,13 @@ class TransformerConfig:
     copying: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_length", "num_encoder_layers", "num_decoder_layers", "num_heads"):
+        for name in (
+            "max_length",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "num_heads",
+            "embed_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("source_vocab_size", "target_vocab_size"):
@@ -196,6 +202,10 @@ class Transformer(nn.Module):
             guided_attention: weight of `guided_attention_loss` of the last decoder layer.
             generator: of scheduled sampling's draws.
         """
+        if not 0 <= sampling_probability <= 1:
+            raise ValueError(f"sampling_probability must be in [0, 1], got {sampling_probability}")
+        if not guided_attention >= 0:
+            raise ValueError(f"guided_attention must not be negative, got {guided_attention}")
         memory = self.encode(source, source_lengths)
         place = torch.arange(target.shape[1], device=target.device)
         targets = target.masked_fill(place >= target_lengths[:, None], IGNORED)

@@ -42,7 +42,7 @@ class VQVAEConfig:
     commitment: float = 0.25
 
     def __post_init__(self) -> None:
-        check_sizes(self.image_size, self.patch_size)
+        check_sizes(self.image_size, self.patch_size, self.embed_dim)
         for name in ("num_codes", "code_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -50,6 +50,8 @@ class VQVAEConfig:
             raise ValueError(f"codebook must be ema or loss, got {self.codebook!r}")
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+        if not self.commitment >= 0:
+            raise ValueError(f"commitment must not be negative, got {self.commitment}")
 
     @property
     def num_patches(self) -> int:

@@ -235,6 +235,9 @@ def test_activation_may_be_a_function_or_a_module():
 def test_bad_options():
     with pytest.raises(ValueError, match=r"embed_dim must be a positive multiple of num_heads"):
         TransformerEncoderLayer(33, HEADS)
+    for layer in (TransformerEncoderLayer, TransformerDecoderLayer):
+        with pytest.raises(ValueError, match="hidden_dim must be at least 1, got -4"):
+            layer(WIDTH, HEADS, hidden_dim=-4)
     layers = [TransformerEncoderLayer(WIDTH, HEADS, norm_first=order) for order in (False, True)]
     with pytest.raises(ValueError, match="layers must be at least one and of one norm_first"):
         TransformerEncoder(layers)

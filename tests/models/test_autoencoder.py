@@ -192,6 +192,7 @@ def test_perplexity():
         (VQVAEConfig, {"num_codes": 0}, "num_codes must be at least 1, got 0"),
         (VQVAEConfig, {"codebook": "sgd"}, "codebook must be ema or loss, got 'sgd'"),
         (VQVAEConfig, {"decay": 1.0}, r"decay must be in \[0, 1\), got 1.0"),
+        (VQVAEConfig, {"commitment": -1.0}, "commitment must not be negative, got -1.0"),
     ],
 )
 def test_bad_configs(config, options, message):

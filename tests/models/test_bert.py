@@ -187,6 +187,7 @@ def test_spans_are_found():
 def test_bad_input():
     for options, message in (
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"embed_dim": 0}, "embed_dim must be at least 1, got 0"),
         ({"positions": "none"}, 'positions must be "learned" or "rotary", got \'none\''),
         ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
     ):

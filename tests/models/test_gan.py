@@ -222,6 +222,7 @@ def test_the_discriminator_learns_to_look_at_the_condition():
     [
         ({"patch_size": 3}, r"image_size must be a positive multiple of patch_size \(3\), got 8"),
         ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"embed_dim": -4}, "embed_dim must be at least 1, got -4"),
         ({"latent": "cauchy"}, "latent must be one of gaussian, uniform, binomial, got 'cauchy'"),
         ({"latent_dim": 0}, "latent_dim must be at least 1, got 0"),
         (

@@ -69,6 +69,7 @@ def test_bad_input():
     for options, message in (
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"embed_dim": -4}, "embed_dim must be at least 1, got -4"),
         ({"positions": "learned"}, "positions must be one of .* got 'learned'"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ):

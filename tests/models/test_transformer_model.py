@@ -306,6 +306,7 @@ def test_copying_is_a_distribution():
 def test_bad_configs():
     for options, message in (
         ({"max_length": 0}, "max_length must be at least 1, got 0"),
+        ({"embed_dim": -4}, "embed_dim must be at least 1, got -4"),
         ({"target_vocab_size": 2}, "target_vocab_size must be at least 3, got 2"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"copying": True, "source_vocab_size": 9}, "got sizes 9 and 13"),
@@ -320,6 +321,12 @@ def test_bad_inputs():
     source, lengths, target, target_lengths = batch()
     with pytest.raises(ValueError, match="source must have at most max_length = 12 positions"):
         model.encode(source.repeat(1, 2), lengths)
+    for options, message in (
+        ({"sampling_probability": 1.5}, r"sampling_probability must be in \[0, 1\], got 1.5"),
+        ({"guided_attention": -1.0}, "guided_attention must not be negative, got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.loss(source, lengths, target, target_lengths, **options)
     with pytest.raises(ValueError, match=r"source must have shape \(batch, seqlen >= 1\)"):
         model.encode(source[0], lengths)
     with pytest.raises(ValueError, match="target must have at most max_length = 12 positions"):
