@@ -146,6 +146,18 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
         assert_refused(run(*arguments), message)
 
 
+def test_a_folder_that_is_not_there_is_found_before_the_work(folder, tmp_path):
+    picture = tmp_path / "missing" / "picture.png"
+    checkpoint = ("--checkpoint", folder / "last.ckpt")
+    result = run("sample", "gpt", *checkpoint, "--attention-maps", picture)
+    assert_refused(
+        result, f"attention-maps must be a file in a folder that exists, got '{picture}'"
+    )
+    assert result.stdout == ""
+    result = run("compare", "gpt", *TINY, "--output", picture)
+    assert_refused(result, f"output must be a file in a folder that exists, got '{picture}'")
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tmp_path):
     process = start(*ENDLESS, "--output", tmp_path, folder=tmp_path)
     process.stdout.readline()  # the first validation is done: training runs

@@ -35,6 +35,12 @@ Changes = Annotated[
 Checkpoint = Annotated[Path, typer.Option(help="What `train` wrote.")]
 
 
+def check_folder_of(path: Path, name: str) -> None:
+    """Before the work whose result `path` is for: the option `name` must be in a folder."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """What a user can put right is told in one line, without a traceback."""

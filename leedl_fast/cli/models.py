@@ -19,6 +19,7 @@ from leedl_fast.cli.common import (
     Changes,
     Checkpoint,
     app,
+    check_folder_of,
     one_line_errors,
 )
 from leedl_fast.training.registry import TASKS, check_name
@@ -198,6 +199,8 @@ def sample(
             raise ValueError(f"--prompt is for models that read a text, got it with {name}")
         values["prompt"] = prompt
     options = options_class(**values)
+    if attention_maps is not None:
+        check_folder_of(attention_maps, "attention-maps")
     task = load_task(checkpoint, name)
     with contextlib.ExitStack() as stack:
         if backend is not None:
@@ -243,6 +246,7 @@ def compare(
     numbers = output.with_suffix(".json")
     if numbers == output:
         raise ValueError(f"output must be a picture, got {str(output)!r}")
+    check_folder_of(output, "output")
     changes = parse_changes(set_ or (), task.Settings, task.ModelConfig) | {"steps": steps}
     if data is not None:
         changes["data"] = str(data)

@@ -26,12 +26,11 @@ def read_checkpoint(path: str | Path, model: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is no file")
+    content = io.BytesIO(path.read_bytes())
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no type of its own for a broken file
-        reason = str(error).split("\n")[0]
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
             f"checkpoint must be a whole file written by training, got {str(path)!r} ({reason})"
         ) from error

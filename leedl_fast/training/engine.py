@@ -35,7 +35,7 @@ from leedl_fast.training.settings import RunConfig, changed_run
 from leedl_fast.training.task import Task, lightning
 
 CHECKPOINT_NAME = "last.ckpt"
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+STRATEGIES = ("auto", "ddp")
 
 
 class Batches:
@@ -136,6 +136,9 @@ def train(
             )
         recorder = Recorder(result, run, checkpoint_path, report=not quiet and not show_bar)
         clips = task.automatic_optimization and run.settings.gradient_clip > 0
+        if devices > 1 and not task.automatic_optimization:
+            # Each optimizer's step leaves out the parameters of the other one.
+            strategy = "ddp_find_unused_parameters_true"
         try:
             trainer = lightning.Trainer(
                 accelerator="cpu" if backend == "cpu" else accelerator,

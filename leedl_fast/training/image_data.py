@@ -55,6 +55,13 @@ SCALE = 4  # of the pictures: the images are small
 
 
 def picture_path(output: Path | None, name: str) -> Path:
+    """In the folder `output`, which is created."""
     if output is None:
         raise ValueError("output must be a folder for the pictures, got None")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output must be a folder for the pictures, got {str(output)!r}: {error}"
+        ) from None
     return output / name

@@ -249,6 +249,7 @@ def test_checkpoints_that_are_none(trained, tmp_path):
     whole = (trained[0] / "last.ckpt").read_bytes()
     broken = {
         "truncated": whole[: len(whole) // 2],
+        "short": whole[:5000],
         "empty": b"",
         "text": b"not a checkpoint",
         "pickle": pickle.dumps(Spring(), protocol=2),

@@ -63,6 +63,13 @@ def test_a_full_disk_leaves_the_old_picture(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
+def test_a_folder_that_is_none(tmp_path):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "grid.png"
+    with pytest.raises(OSError, match=f"Not a directory: '{path}'"):
+        write_grid(torch.ones(1, 1, 2, 2), path, columns=1)
+
+
 def colours(pixels):
     return set(map(tuple, pixels.reshape(-1, pixels.shape[-1])[:, :3].tolist()))
 

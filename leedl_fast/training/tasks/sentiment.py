@@ -26,6 +26,9 @@ NUM_EXAMPLES = 8  # held-out texts that a checkpoint keeps to show, of no more c
 MAX_EXAMPLE_LENGTH = 60
 
 
+GOALS = (Goal("accuracy", 0.80), Goal("gain", 0.0))
+
+
 @dataclass(frozen=True)
 class SentimentSettings(Settings):
     """min_count: characters and pairs of them seen fewer times in training are not known."""
@@ -72,8 +75,8 @@ class SentimentTask(Task):
     data_text = "customers' reviews in Chinese, good and bad"
     own_data = "a CSV with the columns text and label"
     variants = (
-        Variant(goals=(Goal("accuracy", 0.80), Goal("gain", 0.0))),
-        Variant("additive", {"score": "additive"}),
+        Variant(goals=GOALS),
+        Variant("additive", {"score": "additive"}, GOALS),
         Variant("mean pooling", {"pooling": "mean", "num_layers": 0}),
     )
 
