@@ -96,23 +96,15 @@ def _attention_backward(problem: Any, *tensors: Any) -> None:
 def _additive_attention_forward(problem: Any, *tensors: Tensor | None) -> None:
     from leedl_fast.kernels import additive_attention
 
-    additive_attention.forward(
-        *tensors, window_left=problem.window_left, window_right=problem.window_right
-    )
+    additive_attention.forward(problem, *tensors)
 
 
 @_on_its_device
 def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import additive_attention
+    from leedl_fast.kernels import additive_attention_backward
 
     *gradients_and_inputs, _, row_max, row_sum = tensors
-    additive_attention.backward(
-        *gradients_and_inputs,
-        row_max,
-        row_sum,
-        window_left=problem.window_left,
-        window_right=problem.window_right,
-    )
+    additive_attention_backward.backward(problem, *gradients_and_inputs, row_max, row_sum)
 
 
 def _rows(x: Tensor, rows: int, n: int) -> Tensor:

@@ -78,6 +78,7 @@ IN_HALF = {
     "attention-value-narrower",
     "attention-huge-scores",
     "additive_attention-full-odd",
+    "additive_attention-gqa-lengths",
     "attention-bias-for-all",
     "attention-sigmoid-bias",
     "attention-relu",

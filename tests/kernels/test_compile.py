@@ -20,12 +20,14 @@ from leedl_fast.kernels import (
     add_layer_norm,
     add_layer_norm_backward,
     additive_attention,
+    additive_attention_backward,
     attention,
     attention_backward,
     attention_blocks,
     diffusion,
     linear_cross_entropy,
 )
+from leedl_fast.ops.additive_attention import Problem
 from leedl_fast.ops.attention_problem import Inputs, describe
 
 TARGETS = {
@@ -119,13 +121,12 @@ def _additive_attention(dtype: torch.dtype, head_dim: int) -> Launch:
     k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
     weight, dweight = torch.empty(4, head_dim, dtype=dtype), torch.empty(4, head_dim)
     rows, lengths = torch.empty(2, 4, 1024), torch.empty(2, dtype=torch.int64)
-    options = {"window_left": 128, "window_right": 0}
+    problem = Problem(2, 4, 2, 1024, 1024, head_dim, head_dim, dtype, q.device, 128, 0)
+    inputs = q, k, k, weight, lengths
 
     def launch() -> None:
-        additive_attention.forward(q, rows, rows, q, k, k, weight, lengths, **options)
-        additive_attention.backward(
-            *(q, k, k, dweight, q, q, k, k, weight, lengths, rows, rows), **options
-        )
+        additive_attention.forward(problem, q, rows, rows, *inputs)
+        additive_attention_backward.backward(problem, q, k, k, dweight, q, *inputs, rows, rows)
 
     return launch
 
