@@ -5,6 +5,8 @@ Rows that fit are read once and kept in registers; a longer row is read once per
 second loop on out of the cache. Dropout's mask is made anew wherever x is read.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -16,6 +18,18 @@ _WIDE_BLOCK = 4096  # columns at a time of longer rows
 _ELEMENTS_PER_WARP = 512
 _MAX_WARPS = 16
 _STREAM = tl.constexpr(2)  # reference.philox.ADD_LAYER_NORM_STREAM
+
+
+class Addends(NamedTuple):
+    """What is summed: x, dropped by the seed unless it is None, and residual unless it is None."""
+
+    x_ptr: Any
+    residual_ptr: Any
+    seed_ptr: Any
+    x_stride: Any
+    residual_stride: Any
+    threshold: Any
+    scale: Any
 
 
 @triton.jit
@@ -47,26 +61,15 @@ def _dropout(x, row, first, seed_ptr, threshold, scale):
 
 
 @triton.jit
-def _load_summed(
-    x_ptr,
-    residual_ptr,
-    seed_ptr,
-    row,
-    first,
-    x_stride,
-    residual_stride,
-    threshold,
-    scale,
-    mask,
-    DTYPE: tl.constexpr,
-):
+def _load_summed(addends, row, first, mask, DTYPE: tl.constexpr):
     """dropout(x) + residual [BLOCK_M, BLOCK_N] as it is stored, since the backward reads no other
-    sum; x alone where residual is None."""
+    sum."""
     column = first + tl.arange(0, mask.shape[1])
-    x = load(x_ptr, row[:, None] * x_stride + column[None, :], mask)
-    x = _dropout(x, row, first, seed_ptr, threshold, scale)
-    if residual_ptr is not None:
-        x += load(residual_ptr, row[:, None] * residual_stride + column[None, :], mask)
+    x = load(addends.x_ptr, row[:, None] * addends.x_stride + column[None, :], mask)
+    x = _dropout(x, row, first, addends.seed_ptr, addends.threshold, addends.scale)
+    if addends.residual_ptr is not None:
+        offset = row[:, None] * addends.residual_stride + column[None, :]
+        x += load(addends.residual_ptr, offset, mask)
     return x.to(DTYPE).to(tl.float32)
 
 
@@ -118,22 +121,11 @@ def _forward_kernel(
 ):
     """One program owns BLOCK_M rows; BLOCK_N >= n."""
     DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    addends = Addends(x_ptr, residual_ptr, seed_ptr, x_stride, residual_stride, threshold, scale)
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     mask = (row < rows)[:, None] & (column < n)[None, :]
-    summed = _load_summed(
-        x_ptr,
-        residual_ptr,
-        seed_ptr,
-        row,
-        0,
-        x_stride,
-        residual_stride,
-        threshold,
-        scale,
-        mask,
-        DTYPE,
-    )
+    summed = _load_summed(addends, row, 0, mask, DTYPE)
     offset = row[:, None] * n + column[None, :]
     tl.store(summed_ptr + offset, summed.to(DTYPE), mask)
     centered, rstd = center(summed, mask, n, eps, IS_RMS)
@@ -143,19 +135,7 @@ def _forward_kernel(
 
 @triton.jit
 def wide_statistics(
-    x_ptr,
-    residual_ptr,
-    seed_ptr,
-    row,
-    x_stride,
-    residual_stride,
-    n,
-    eps,
-    threshold,
-    scale,
-    DTYPE: tl.constexpr,
-    IS_RMS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    addends, row, n, eps, DTYPE: tl.constexpr, IS_RMS: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """(mean, rstd) [1] of one row of the sum, BLOCK_N columns at a time."""
     mean = tl.zeros((1,), tl.float32)
@@ -164,37 +144,13 @@ def wide_statistics(
         for first in range(0, n, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
             mask = (column < n)[None, :]
-            total += _load_summed(
-                x_ptr,
-                residual_ptr,
-                seed_ptr,
-                row,
-                first,
-                x_stride,
-                residual_stride,
-                threshold,
-                scale,
-                mask,
-                DTYPE,
-            )
+            total += _load_summed(addends, row, first, mask, DTYPE)
         mean = tl.sum(total, 1) / n
     squares = tl.zeros((1, BLOCK_N), tl.float32)
     for first in range(0, n, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         mask = (column < n)[None, :]
-        summed = _load_summed(
-            x_ptr,
-            residual_ptr,
-            seed_ptr,
-            row,
-            first,
-            x_stride,
-            residual_stride,
-            threshold,
-            scale,
-            mask,
-            DTYPE,
-        )
+        summed = _load_summed(addends, row, first, mask, DTYPE)
         centered = tl.where(mask, summed - mean[:, None], 0.0)
         squares += centered * centered
     return mean, _reciprocal_root(tl.sum(squares, 1) / n + eps)
@@ -223,38 +179,13 @@ def _wide_forward_kernel(
     """One program owns BLOCK_M = 1 row, BLOCK_N columns at a time."""
     tl.static_assert(BLOCK_M == 1)
     DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    addends = Addends(x_ptr, residual_ptr, seed_ptr, x_stride, residual_stride, threshold, scale)
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    mean, rstd = wide_statistics(
-        x_ptr,
-        residual_ptr,
-        seed_ptr,
-        row,
-        x_stride,
-        residual_stride,
-        n,
-        eps,
-        threshold,
-        scale,
-        DTYPE,
-        IS_RMS,
-        BLOCK_N,
-    )
+    mean, rstd = wide_statistics(addends, row, n, eps, DTYPE, IS_RMS, BLOCK_N)
     for first in range(0, n, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         mask = (column < n)[None, :]
-        summed = _load_summed(
-            x_ptr,
-            residual_ptr,
-            seed_ptr,
-            row,
-            first,
-            x_stride,
-            residual_stride,
-            threshold,
-            scale,
-            mask,
-            DTYPE,
-        )
+        summed = _load_summed(addends, row, first, mask, DTYPE)
         x_hat = (summed - mean[:, None]) * rstd[:, None]
         normed = scale_and_shift(x_hat, weight_ptr, bias_ptr, column, n)
         offset = row[:, None] * n + column[None, :]

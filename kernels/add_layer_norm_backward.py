@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from leedl_fast.kernels.add_layer_norm import (
+    Addends,
     center,
     load,
     scale_and_shift,
@@ -31,9 +32,8 @@ def _wide_statistics_kernel(
     """One program owns one row's mean and rstd."""
     DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    mean, rstd = wide_statistics(
-        summed_ptr, None, None, row, n, 0, n, eps, 0, 1.0, DTYPE, IS_RMS, BLOCK_N
-    )
+    addends = Addends(summed_ptr, None, None, n, 0, 0, 1.0)
+    mean, rstd = wide_statistics(addends, row, n, eps, DTYPE, IS_RMS, BLOCK_N)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
