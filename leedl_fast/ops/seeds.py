@@ -13,7 +13,10 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     element on `device`.
     """
     if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64).to(device)
+        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64)
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return drawn.to(device)
+        return _filled(int(drawn), device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or an int64 tensor, got a tensor of {seed.dtype}")
@@ -24,7 +27,12 @@ def dropout_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     checks.check_int("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    return torch.tensor([(seed + 2**63) % 2**64 - 2**63], dtype=torch.int64, device=device)
+    return _filled((seed + 2**63) % 2**64 - 2**63, device)
+
+
+def _filled(key: int, device: torch.device) -> Tensor:
+    """Made on the device: a copy from the host would wait for it, and no CUDA graph takes one."""
+    return torch.full((1,), key, dtype=torch.int64, device=device)
 
 
 def check_dropout_p(value: float) -> None:
