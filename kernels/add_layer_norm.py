@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leedl_fast.kernels.launching import Launch, Launcher
 from leedl_fast.kernels.philox import philox4x32
 
 _MAX_N = 16384  # the longest rows that a program's registers hold
@@ -216,7 +217,7 @@ def _dropout_kernel(
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask)
 
 
-def tile(n: int, min_elements: int) -> dict[str, int | bool]:
+def tile(n: int, min_elements: int) -> dict[str, Any]:
     """Whole rows of at least min_elements together, and the warps for them."""
     block_n = max(4, triton.next_power_of_2(n))  # a counter's words, at least
     block_m = max(1, min_elements // block_n)
@@ -233,7 +234,34 @@ def _threshold_and_scale(dropout_p: float) -> tuple[int, float]:
     return int(dropout_p * 2**32), 1 / (1 - dropout_p)
 
 
+def _forward_launch(problem: Any, x_stride: int, residual_stride: int, *_: bool) -> Launch:
+    rows, n = problem.rows, problem.n
+    if n <= _MAX_N:
+        kernel, options = _forward_kernel, tile(n, 1024)
+    else:
+        kernel, options = _wide_forward_kernel, {**tile(_WIDE_BLOCK, 1), "BLOCK_M": 1}
+    block_m, block_n = options.pop("BLOCK_M"), options.pop("BLOCK_N")
+    return Launch(
+        kernel,
+        triton.cdiv(rows, block_m),
+        (
+            x_stride,
+            residual_stride,
+            rows,
+            n,
+            problem.eps,
+            *_threshold_and_scale(problem.dropout_p),
+        ),
+        {"IS_RMS": problem.norm == "rms", "BLOCK_M": block_m, "BLOCK_N": block_n},
+        options,
+    )
+
+
+_launch_forward = Launcher(_forward_launch)
+
+
 def forward(
+    problem: Any,
     normed: Tensor,
     summed: Tensor,
     x: Tensor,
@@ -241,44 +269,48 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     seed: Tensor | None,
-    *,
-    eps: float,
-    is_rms: bool,
-    dropout_p: float,
 ) -> None:
-    """x, residual: (rows, n) with contiguous rows; the outputs, weight and bias contiguous."""
-    rows, n = x.shape
-    if rows == 0:
+    """problem: the Problem of leedl_fast.ops.add_layer_norm; the outputs are contiguous."""
+    n = problem.n
+    if problem.rows == 0:
         return
-    if n <= _MAX_N:
-        kernel, options = _forward_kernel, tile(n, 1024)
-    else:
-        kernel, options = _wide_forward_kernel, {**tile(_WIDE_BLOCK, 1), "BLOCK_M": 1}
-    kernel[(triton.cdiv(rows, options["BLOCK_M"]),)](
-        normed,
-        summed,
-        x,
-        residual,
-        weight,
-        bias,
-        seed,
-        x.stride(0),
-        residual.stride(0),
-        rows,
-        n,
-        eps,
-        *_threshold_and_scale(dropout_p),
-        is_rms,
-        **options,
+    x_stride = residual_stride = n
+    if not x.is_contiguous():
+        x, x_stride = _rows(x, n)
+    if not residual.is_contiguous():
+        residual, residual_stride = _rows(residual, n)
+    if weight is not None:
+        weight = weight.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    key = (problem, x_stride, residual_stride, weight is None, bias is None)
+    _launch_forward(key, normed, summed, x, residual, weight, bias, seed)
+
+
+def _rows(x: Tensor, n: int) -> tuple[Tensor, int]:
+    """x with contiguous rows, and how far they are apart; no copy where its strides allow it."""
+    x = x.reshape(-1, n)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    return x, x.stride(0)
+
+
+def _dropout_launch(problem: Any) -> Launch:
+    rows, n = problem.rows, problem.n
+    options = tile(min(n, _WIDE_BLOCK), 2048)
+    block_m, block_n = options.pop("BLOCK_M"), options.pop("BLOCK_N")
+    return Launch(
+        _dropout_kernel,
+        triton.cdiv(rows, block_m) * triton.cdiv(n, block_n),
+        (rows, n, *_threshold_and_scale(problem.dropout_p)),
+        {"BLOCK_M": block_m, "BLOCK_N": block_n},
+        options,
     )
 
 
-def dropout_backward(
-    dx: Tensor, dresidual: Tensor, seed: Tensor, *, rows: int, n: int, dropout_p: float
-) -> None:
+_launch_dropout = Launcher(_dropout_launch)
+
+
+def dropout_backward(problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor) -> None:
     """dx = dresidual times what the forward pass multiplied x by; both contiguous."""
-    options = tile(min(n, _WIDE_BLOCK), 2048)
-    programs = triton.cdiv(rows, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
-    if programs > 0:
-        threshold, scale = _threshold_and_scale(dropout_p)
-        _dropout_kernel[(programs,)](dx, dresidual, seed, rows, n, threshold, scale, **options)
+    if problem.rows > 0:
+        _launch_dropout((problem,), dx, dresidual, seed)

@@ -5,6 +5,9 @@ Gradients of weight and bias are summed over the rows of each program, then over
 an order that the sizes alone decide.
 """
 
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +21,7 @@ from leedl_fast.kernels.add_layer_norm import (
     tile,
     wide_statistics,
 )
+from leedl_fast.kernels.launching import Launch, Launcher
 
 _MAX_N = 8192  # the longest rows that a program's registers hold
 _WIDE_BLOCK = 4096  # columns at a time of longer rows
@@ -222,7 +226,60 @@ def _sum_kernel(
         tl.store(dbias_ptr + column, total, column < n)
 
 
+class _Parts(NamedTuple):
+    """`programs` partial sums, of rows_per_program rows each.
+
+    tile: the rows and columns of a step, and the compiler's options; is_wide: of part of a row.
+    """
+
+    programs: int
+    rows_per_program: int
+    tile: dict[str, Any]
+    is_wide: bool
+
+
+@cache
+def _parts_of(rows: int, n: int) -> _Parts:
+    is_wide = n > _MAX_N
+    options = tile(min(n, _WIDE_BLOCK) if is_wide else n, 2048)
+    rows_per_program = triton.cdiv(rows, max(1, _WARPS // options["num_warps"]))
+    block_m = 1 if is_wide else options["BLOCK_M"]
+    rows_per_program = triton.cdiv(max(rows_per_program, 1), block_m) * block_m
+    return _Parts(triton.cdiv(rows, rows_per_program), rows_per_program, options, is_wide)
+
+
+def _backward_launch(problem: Any, *_: bool) -> Launch:
+    rows, n = problem.rows, problem.n
+    parts = _parts_of(rows, n)
+    options = dict(parts.tile)
+    return Launch(
+        _backward_kernel,
+        parts.programs,
+        (rows, n, problem.eps, parts.rows_per_program),
+        {
+            "IS_RMS": problem.norm == "rms",
+            "BLOCK_M": options.pop("BLOCK_M"),
+            "BLOCK_N": options.pop("BLOCK_N"),
+        },
+        options,
+    )
+
+
+def _sum_launch(programs: int, n: int, *_: Any) -> Launch:
+    return Launch(
+        _sum_kernel,
+        triton.cdiv(n, _SUM_BLOCK_N),
+        (programs, n),
+        {"BLOCK_M": _SUM_BLOCK_M, "BLOCK_N": _SUM_BLOCK_N},
+        {"num_warps": 4, "enable_fp_fusion": True},
+    )
+
+
+_launch_backward, _launch_sum = Launcher(_backward_launch), Launcher(_sum_launch)
+
+
 def backward(
+    problem: Any,
     dx: Tensor,
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -230,71 +287,62 @@ def backward(
     dsummed: Tensor | None,
     summed: Tensor,
     weight: Tensor | None,
-    *,
-    rows: int,
-    n: int,
-    eps: float,
-    is_rms: bool,
 ) -> None:
-    """All tensors contiguous; dweight and dbias only where they are wanted."""
-    is_wide = n > _MAX_N
-    options = tile(min(n, _WIDE_BLOCK) if is_wide else n, 2048)
-    block_m, num_warps = options["BLOCK_M"], options["num_warps"]
-    rows_per_program = triton.cdiv(rows, max(1, _WARPS // num_warps))
-    rows_per_program = triton.cdiv(max(rows_per_program, 1), block_m) * block_m
-    programs = triton.cdiv(rows, rows_per_program)
+    """problem: the Problem of leedl_fast.ops.add_layer_norm. All tensors are contiguous; dweight
+    and dbias only where they are wanted.
+    """
+    rows, n = problem.rows, problem.n
+    parts = _parts_of(rows, n)
     dweight_partial, dbias_partial = (
-        None if grad is None else torch.empty(programs, n, dtype=torch.float32, device=grad.device)
+        None
+        if grad is None
+        else torch.empty(parts.programs, n, dtype=torch.float32, device=grad.device)
         for grad in (dweight, dbias)
     )
-    if rows and not is_wide:
-        _backward_kernel[(programs,)](
-            dx,
-            dweight_partial,
-            dbias_partial,
-            dnormed,
-            dsummed,
-            summed,
-            weight,
-            rows,
-            n,
-            eps,
-            rows_per_program,
-            is_rms,
-            **options,
-        )
+    absent = dweight is None, dbias is None
+    partial = dweight_partial, dbias_partial
+    if rows and not parts.is_wide:
+        key = (problem, *absent, dsummed is None, weight is None)
+        _launch_backward(key, dx, *partial, dnormed, dsummed, summed, weight)
     elif rows:
-        del options["BLOCK_M"]
-        mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=dx.device)
-        _wide_statistics_kernel[(rows,)](mean, rstd, summed, n, eps, is_rms, **options)
-        _wide_dx_kernel[(rows,)](
-            dx, dnormed, dsummed, summed, mean, rstd, weight, rows, n, is_rms, **options
-        )
-        if dweight is not None or dbias is not None:
-            blocks = triton.cdiv(n, options["BLOCK_N"])
-            _wide_partial_kernel[(programs * blocks,)](
-                dweight_partial,
-                dbias_partial,
-                dnormed,
-                summed,
-                mean,
-                rstd,
-                rows,
-                n,
-                rows_per_program,
-                is_rms,
-                **options,
-            )
+        _wide_backward(problem, parts, dx, *partial, dnormed, dsummed, summed, weight)
     if dweight is not None or dbias is not None:
-        _sum_kernel[(triton.cdiv(n, _SUM_BLOCK_N),)](
-            dweight,
-            dbias,
-            dweight_partial,
-            dbias_partial,
-            programs,
-            n,
-            BLOCK_M=_SUM_BLOCK_M,
-            BLOCK_N=_SUM_BLOCK_N,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
+        key = (parts.programs, n, problem.parameter_dtype, problem.device, *absent)
+        _launch_sum(key, dweight, dbias, *partial)
+
+
+def _wide_backward(
+    problem: Any,
+    parts: _Parts,
+    dx: Tensor,
+    dweight_partial: Tensor | None,
+    dbias_partial: Tensor | None,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+) -> None:
+    rows, n = problem.rows, problem.n
+    is_rms = problem.norm == "rms"
+    options = {name: value for name, value in parts.tile.items() if name != "BLOCK_M"}
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=dx.device)
+    _wide_statistics_kernel[(rows,)](mean, rstd, summed, n, problem.eps, is_rms, **options)
+    _wide_dx_kernel[(rows,)](
+        dx, dnormed, dsummed, summed, mean, rstd, weight, rows, n, is_rms, **options
+    )
+    if dweight_partial is None and dbias_partial is None:
+        return
+    blocks = triton.cdiv(n, options["BLOCK_N"])
+    _wide_partial_kernel[(parts.programs * blocks,)](
+        dweight_partial,
+        dbias_partial,
+        dnormed,
+        summed,
+        mean,
+        rstd,
+        rows,
+        n,
+        parts.rows_per_program,
+        is_rms,
+        **options,
+    )

@@ -6,6 +6,7 @@ for tests.
 
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib import import_module
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +64,12 @@ def _attention_unsupported(problem: Any) -> str | None:
     return _unsupported(problem)
 
 
+@cache
+def _kernels(module: str) -> Any:
+    """A module of leedl_fast.kernels, which Triton's absence would keep from being imported."""
+    return import_module(f"leedl_fast.kernels.{module}")
+
+
 def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
     """Triton launches on the current device: make it the problem's."""
 
@@ -80,67 +87,30 @@ def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
 
 @_on_its_device
 def _attention_forward(problem: Any, *tensors: Any) -> None:
-    from leedl_fast.kernels import attention
-
-    attention.forward(problem, *tensors)
+    _kernels("attention").forward(problem, *tensors)
 
 
 @_on_its_device
 def _attention_backward(problem: Any, *tensors: Any) -> None:
-    from leedl_fast.kernels import attention_backward
-
-    attention_backward.backward(problem, *tensors)
+    _kernels("attention_backward").backward(problem, *tensors)
 
 
 @_on_its_device
 def _additive_attention_forward(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import additive_attention
-
-    additive_attention.forward(problem, *tensors)
+    _kernels("additive_attention").forward(problem, *tensors)
 
 
 @_on_its_device
 def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import additive_attention_backward
-
     *gradients_and_inputs, _, row_max, row_sum = tensors
-    additive_attention_backward.backward(problem, *gradients_and_inputs, row_max, row_sum)
-
-
-def _rows(x: Tensor, rows: int, n: int) -> Tensor:
-    """x as (rows, n) with contiguous rows, without a copy where its strides allow it."""
-    x = x.reshape(rows, n)
-    return x if x.stride(1) == 1 else x.contiguous()
+    _kernels("additive_attention_backward").backward(
+        problem, *gradients_and_inputs, row_max, row_sum
+    )
 
 
 @_on_its_device
-def _add_layer_norm_forward(
-    problem: Any,
-    normed: Tensor,
-    summed: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> None:
-    from leedl_fast.kernels import add_layer_norm
-
-    rows, n = problem.rows, problem.n
-    add_layer_norm.forward(
-        normed,
-        summed,
-        _rows(x, rows, n),
-        _rows(residual, rows, n),
-        *(
-            parameter if parameter is None else parameter.contiguous()
-            for parameter in (weight, bias)
-        ),
-        seed,
-        eps=problem.eps,
-        is_rms=problem.norm == "rms",
-        dropout_p=problem.dropout_p,
-    )
+def _add_layer_norm_forward(problem: Any, *tensors: Tensor | None) -> None:
+    _kernels("add_layer_norm").forward(problem, *tensors)
 
 
 @_on_its_device
@@ -155,9 +125,8 @@ def _add_layer_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    from leedl_fast.kernels import add_layer_norm_backward
-
-    add_layer_norm_backward.backward(
+    _kernels("add_layer_norm_backward").backward(
+        problem,
         dx,
         None if weight is None else dweight,
         None if bias is None else dbias,
@@ -165,54 +134,37 @@ def _add_layer_norm_backward(
         dsummed,
         summed,
         weight if weight is None else weight.contiguous(),
-        rows=problem.rows,
-        n=problem.n,
-        eps=problem.eps,
-        is_rms=problem.norm == "rms",
     )
 
 
 @_on_its_device
 def _add_layer_norm_dropout_backward(problem: Any, *tensors: Tensor) -> None:
-    from leedl_fast.kernels import add_layer_norm
-
-    sizes = {"rows": problem.rows, "n": problem.n}
-    add_layer_norm.dropout_backward(*tensors, **sizes, dropout_p=problem.dropout_p)
+    _kernels("add_layer_norm").dropout_backward(problem, *tensors)
 
 
 @_on_its_device
 def _randn(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import diffusion
-
-    diffusion.randn(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").randn(*tensors, problem.batch, problem.n)
 
 
 @_on_its_device
 def _add_noise(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import diffusion
-
-    diffusion.add_noise(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").add_noise(*tensors, problem.batch, problem.n)
 
 
 @_on_its_device
 def _loss_forward(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import diffusion
-
-    diffusion.noise_prediction_loss_forward(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").noise_prediction_loss_forward(*tensors, problem.batch, problem.n)
 
 
 @_on_its_device
 def _loss_backward(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import diffusion
-
-    diffusion.noise_prediction_loss_backward(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").noise_prediction_loss_backward(*tensors, problem.batch, problem.n)
 
 
 @_on_its_device
 def _step(problem: Any, *tensors: Tensor | None) -> None:
-    from leedl_fast.kernels import diffusion
-
-    diffusion.step(
+    _kernels("diffusion").step(
         *tensors,
         problem.batch,
         problem.n,
@@ -262,10 +214,8 @@ def _linear_cross_entropy_backward(
 
 def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
     """tensors: losses, dhidden, dweight, dbias, dlosses, hidden, weight, bias, targets."""
-    from leedl_fast.kernels import linear_cross_entropy
-
     losses, dhidden, dweight, dbias, *rest = tensors
-    linear_cross_entropy.run(
+    _kernels("linear_cross_entropy").run(
         *(losses, dhidden, dweight, dbias if problem.has_bias else None, *rest),
         ignore_index=problem.ignore_index,
         label_smoothing=problem.label_smoothing,

@@ -27,7 +27,8 @@ from leedl_fast.kernels import (
     diffusion,
     linear_cross_entropy,
 )
-from leedl_fast.ops.additive_attention import Problem
+from leedl_fast.ops.add_layer_norm import Problem as AddLayerNormProblem
+from leedl_fast.ops.additive_attention import Problem as AdditiveAttentionProblem
 from leedl_fast.ops.attention_problem import Inputs, describe
 
 TARGETS = {
@@ -121,7 +122,9 @@ def _additive_attention(dtype: torch.dtype, head_dim: int) -> Launch:
     k = torch.empty(2, 2, 1024, head_dim, dtype=dtype)
     weight, dweight = torch.empty(4, head_dim, dtype=dtype), torch.empty(4, head_dim)
     rows, lengths = torch.empty(2, 4, 1024), torch.empty(2, dtype=torch.int64)
-    problem = Problem(2, 4, 2, 1024, 1024, head_dim, head_dim, dtype, q.device, 128, 0)
+    problem = AdditiveAttentionProblem(
+        2, 4, 2, 1024, 1024, head_dim, head_dim, dtype, q.device, 128, 0
+    )
     inputs = q, k, k, weight, lengths
 
     def launch() -> None:
@@ -137,17 +140,16 @@ def _add_layer_norm(
     x, residual = torch.empty(64, n, dtype=dtype), torch.empty(64, n, dtype=residual_dtype or dtype)
     weight = torch.empty(n, dtype=dtype)
     seed = torch.empty(1, dtype=torch.int64) if dropout_p else None
-    options = {"eps": 1e-5, "is_rms": False}
+    dtypes = dtype, residual.dtype, dtype
+    problem = AddLayerNormProblem(64, n, *dtypes, x.device, 1e-5, "layer", dropout_p)
 
     def launch() -> None:
-        add_layer_norm.forward(
-            *(x, residual, x, residual, weight, weight, seed), **options, dropout_p=dropout_p
-        )
+        add_layer_norm.forward(problem, x, residual, x, residual, weight, weight, seed)
         add_layer_norm_backward.backward(
-            *(residual, weight, weight, x, residual, residual, weight), rows=64, n=n, **options
+            problem, residual, weight, weight, x, residual, residual, weight
         )
         if seed is not None:
-            add_layer_norm.dropout_backward(x, residual, seed, rows=64, n=n, dropout_p=dropout_p)
+            add_layer_norm.dropout_backward(problem, x, residual, seed)
 
     return launch
 

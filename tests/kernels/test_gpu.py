@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from leedl_fast.backends import triton, use_backend
 from leedl_fast.layers import MultiHeadAttention, TransformerEncoderLayer
-from leedl_fast.ops import attention, diffusion
+from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
     allowed_error,
@@ -173,3 +173,28 @@ def test_long_rows_are_addressed_past_2_to_the_31() -> None:
     last = q[:, -1:].contiguous()
     alone = attention(last, last, last, window=(16, 0), backend="triton")
     assert torch.equal(whole[:, -1:], alone)
+
+
+def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
+    """Also on tensors at other addresses, one of them not aligned, and into a CUDA graph."""
+    x, residual = torch.randn(2, 64, 256, device="cuda")
+    weight, bias = torch.randn(2, 256, device="cuda")
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        outputs = add_layer_norm(*leaves, dropout_p=0.2, seed=3, backend="triton")
+        return *outputs, *torch.autograd.grad(outputs, leaves, [residual, x])
+
+    inputs = x, residual, weight, bias
+    first = run(*inputs)
+    for offset in (0, 1, 4):
+        shifted = [x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) for x in inputs]
+        for _ in range(2):
+            assert all(map(torch.equal, run(*shifted), first))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*inputs)
+    for tensor in captured:
+        tensor.fill_(torch.nan)
+    graph.replay()
+    assert all(map(torch.equal, captured, first))

@@ -1,0 +1,65 @@
+"""Launches that are bound once. Triton's binder looks at every argument of every call, which takes
+longer than a small kernel runs.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+_MOST = 4096  # launches that are kept
+_ALIGNMENT = 16  # bytes; Triton compiles another kernel for addresses that are no multiple
+
+
+class Launch(NamedTuple):
+    """What follows the tensors in a kernel's arguments: numbers, then constants, in its order.
+
+    programs: how many run. options: the compiler's, num_warps among them.
+    """
+
+    kernel: Any
+    programs: int
+    numbers: tuple
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self, tensors: tuple[Tensor | None, ...]) -> Any:
+        """The compiled kernel, or None where nothing is compiled."""
+        return self.kernel[(self.programs, 1, 1)](
+            *tensors, *self.numbers, **self.constants, **self.options
+        )
+
+
+class Launcher:
+    """Launches `plan(*key)` with tensors, which come first in the kernel's arguments.
+
+    The key decides all but their addresses: dtypes, device, which of them are None.
+    """
+
+    def __init__(self, plan: Callable[..., Launch]) -> None:
+        self._plan = plan
+        self._bound: dict[Hashable, tuple[Callable[..., None], tuple]] = {}
+
+    def __call__(self, key: tuple, *tensors: Tensor | None) -> None:
+        bits = 0
+        pointers: list[int | None] = []
+        for tensor in tensors:
+            if tensor is None:
+                pointers.append(None)
+            else:
+                pointer = tensor.data_ptr()
+                bits |= pointer
+                pointers.append(pointer)
+        is_aligned = bits % _ALIGNMENT == 0
+        bound = self._bound.get(key) if is_aligned else None
+        if bound is not None:
+            run, others = bound
+            run(*pointers, *others)
+            return
+        launch = self._plan(*key)
+        compiled = launch.run(tensors)
+        if compiled is not None and is_aligned:
+            if len(self._bound) >= _MOST:
+                self._bound.clear()
+            others = (*launch.numbers, *launch.constants.values())
+            self._bound[key] = compiled[(launch.programs, 1, 1)], others
