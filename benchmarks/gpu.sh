@@ -49,19 +49,19 @@ run_tests() {
 export -f run_tests
 export tests folder
 
-step build 90 "$python" -m pip install --no-build-isolation --no-deps -e .
+step build 80 "$python" -m pip install --no-build-isolation --no-deps -e .
 "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
     echo "error: torch sees no GPU here" | tee -a "$folder/gpu.log" >&2
     exit 2
 }
-step doctor 20 "$python" -m leedl_fast.cli doctor
-step tests 180 bash -c run_tests
+step doctor 15 "$python" -m leedl_fast.cli doctor
+step tests 150 bash -c run_tests
 # Without torch's own pool every tensor is an allocation, whose bounds the sanitizer knows.
-step sanitizer 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
     --target-processes all --error-exitcode 1 $tests \
     -k "conformance and float32 and (everything or causal-fewer-keys or layer_norm-odd or loss-noise)"
-step measure 80 "$python" -m leedl_fast.benchmarks.gpu "$folder/measured.json"
-step suite 50 "$python" -c "from pathlib import Path; from leedl_fast.benchmarks.run import bench
+step measure 130 "$python" -m leedl_fast.benchmarks.gpu "$folder/measured.json"
+step suite 40 "$python" -c "from pathlib import Path; from leedl_fast.benchmarks.run import bench
 bench(True, Path('$folder/suite'), ('attention', 'add_layer_norm', 'diffusion'),
       backend='triton', device='cuda', tiny=True)"
 
@@ -83,8 +83,14 @@ report["tests"] = counts
 for name, file in (("measured", "measured.json"), ("suite", "suite/results.json")):
     if (folder / file).exists():
         report[name] = json.loads((folder / file).read_text())
+must_pass = ["build", "tests"]
+said = (folder / "gpu.log").read_text().partition("== sanitizer\n")[2].partition("\n== ")[0]
+if "Device not supported" in said:  # some virtual machines keep it from the GPU
+    report["steps"]["sanitizer"]["reason"] = "compute-sanitizer does not support the device here"
+else:
+    must_pass.append("sanitizer")
 (folder / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-failed = [name for name in ("build", "tests", "sanitizer") if report["steps"][name]["exit_code"]]
+failed = [name for name in must_pass if report["steps"][name]["exit_code"]]
 print("failed: " + ", ".join(failed) if failed else "passed")
 sys.exit(bool(failed))
 PYTHON

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from leedl_fast import tuning
 from leedl_fast.backends import triton, use_backend
+from leedl_fast.kernels import attention_blocks
 from leedl_fast.layers import MultiHeadAttention, TransformerEncoderLayer
 from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
@@ -173,6 +175,29 @@ def test_long_rows_are_addressed_past_2_to_the_31() -> None:
     last = q[:, -1:].contiguous()
     alone = attention(last, last, last, window=(16, 0), backend="triton")
     assert torch.equal(whole[:, -1:], alone)
+
+
+@pytest.mark.parametrize("window", [None, (300, 0)], ids=["full", "window"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tensor_descriptors_load_what_pointers_load(
+    head_dim: int, window: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not tuning.takes_descriptors(torch.device("cuda")):
+        pytest.skip("tensor descriptors are for Hopper")
+    q, k, v, dout = torch.randn(4, 1, 4, 1500, head_dim, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def run() -> tuple[Tensor, ...]:
+        out = attention(*leaves, window=window, backend="triton")
+        return out, *torch.autograd.grad(out, leaves, dout)
+
+    by_pointers = run()
+    described = {
+        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
+        for key, row in attention_blocks._BLOCKS.items()
+    }
+    monkeypatch.setattr(attention_blocks, "_BLOCKS", described)
+    assert all(map(torch.equal, run(), by_pointers))
 
 
 def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
