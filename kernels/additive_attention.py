@@ -18,8 +18,8 @@ from leedl_fast.kernels.attention_tiles import (
     key_tiles,
     load_rows,
     padded,
-    program_of,
     store_rows,
+    tile_of,
 )
 
 BLOCK = 16  # queries and keys of a tile: larger ones spill in IEEE float32 products
@@ -115,7 +115,7 @@ def float32_rows(x, batch, head, row, row_end, DIM: tl.constexpr, BLOCK_DIM: tl.
 @triton.jit
 def _forward_kernel(out, row_max_ptr, row_sum_ptr, q, k, v, call, BLOCK: tl.constexpr):
     """One program owns BLOCK queries of one head."""
-    tile, head, batch = program_of(tl.cdiv(call.seqlen_q, BLOCK), call.num_heads)
+    tile, head, batch = tile_of(tl.program_id(0), tl.cdiv(call.seqlen_q, BLOCK), call.num_heads)
     first = tile * BLOCK
     query = first + tl.arange(0, BLOCK)
     window = window_of(call, batch)

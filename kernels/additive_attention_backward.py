@@ -24,7 +24,7 @@ from leedl_fast.kernels.additive_attention import (
 )
 from leedl_fast.kernels.attention_arguments import heads
 from leedl_fast.kernels.attention_scores import head_of
-from leedl_fast.kernels.attention_tiles import key_tiles, program_of, query_tiles, store_rows
+from leedl_fast.kernels.attention_tiles import key_tiles, query_tiles, store_rows, tile_of
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _query_kernel(
     HEAD_DIM_V: tl.constexpr = call.HEAD_DIM_V
     BLOCK_DV: tl.constexpr = call.BLOCK_DV
     tiles = tl.cdiv(call.seqlen_q, BLOCK)
-    own, head, batch = program_of(tiles, call.num_heads)
+    own, head, batch = tile_of(tl.program_id(0), tiles, call.num_heads)
     query = own * BLOCK + tl.arange(0, BLOCK)
     window = window_of(call, batch)
     head_k = head // call.group
@@ -120,7 +120,7 @@ def _key_value_kernel(
     HEAD_DIM_V: tl.constexpr = call.HEAD_DIM_V
     BLOCK_DV: tl.constexpr = call.BLOCK_DV
     tiles = tl.cdiv(call.seqlen_k, BLOCK)
-    own, head_k, batch = program_of(tiles, call.num_heads // call.group)
+    own, head_k, batch = tile_of(tl.program_id(0), tiles, call.num_heads // call.group)
     key = own * BLOCK + tl.arange(0, BLOCK)
     window = window_of(call, batch)
     v_rows = float32_rows(v, batch, head_k, key, window.key_end, HEAD_DIM_V, BLOCK_DV)

@@ -7,15 +7,21 @@ changes a score, it is folded into the factor. fp fusion is off, and fma explici
 statistics have to agree on the rounding of the products.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leedl_fast.kernels import attention_decode
-from leedl_fast.kernels.attention_arguments import call_of, descriptors_of, heads, tiles_of
-from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_arguments import (
+    call_of,
+    descriptors_of,
+    heads,
+    own_descriptors_of,
+    tiles_of,
+)
+from leedl_fast.kernels.attention_blocks import blocks_for, programs_for
 from leedl_fast.kernels.attention_scores import (
     head_of,
     place_of,
@@ -24,7 +30,61 @@ from leedl_fast.kernels.attention_scores import (
     window_of,
 )
 from leedl_fast.kernels.attention_softmax import attend, normalized
-from leedl_fast.kernels.attention_tiles import Matrix, key_tiles, load_rows, store_rows
+from leedl_fast.kernels.attention_tiles import Matrix, key_tiles, load_own, store_own
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, and descriptors of their tiles or None."""
+
+    out: Any
+    lse: Any
+    row_max: Any
+    row_sum: Any
+    q: Any
+    k: Any
+    v: Any
+    out_descriptor: Any
+    q_descriptor: Any
+    k_descriptor: Any
+    v_descriptor: Any
+
+
+@triton.jit
+def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """BLOCK_M queries of one head."""
+    q, k, v, out = operands.q, operands.k, operands.v, operands.out
+    place = place_of(number, call, False, BLOCK_M)
+    window = window_of(call, place)
+    head, batch = place.head, place.batch
+    query = place.first + tl.arange(0, BLOCK_M)
+    end_query = tl.minimum(place.first + BLOCK_M, place.seqlen_q)
+    q_ptr = head_of(q, batch, head, place.first_query)
+    of_q = Matrix(q_ptr, q.stride_m, operands.q_descriptor, batch, head, place.first_query)
+    head_k = head // call.group
+    k_ptr = head_of(k, batch, head_k, place.first_key)
+    v_ptr = head_of(v, batch, head_k, place.first_key)
+    acc, row_max, row_sum = attend(
+        load_own(of_q, place.first, place.seqlen_q, BLOCK_M, call.HEAD_DIM, call.BLOCK_D),
+        Matrix(k_ptr, k.stride_m, operands.k_descriptor, batch, head_k, place.first_key),
+        Matrix(v_ptr, v.stride_m, operands.v_descriptor, batch, head_k, place.first_key),
+        rows_of(call, window, batch, place.sample, head, query[:, None]),
+        window.key_end,
+        key_tiles(place.first, end_query, window, BLOCK_N),
+        call,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    if call.NORMALIZER == "softmax":
+        acc, base, row_sum, lse = normalized(acc, row_max * call.factor, row_sum, head, call)
+        row = statistics_row(call, place, head) + query
+        tl.store(operands.lse + row, lse, query < place.seqlen_q)
+        tl.store(operands.row_max + row, base, query < place.seqlen_q)
+        tl.store(operands.row_sum + row, row_sum, query < place.seqlen_q)
+    if call.seed is not None:
+        acc = acc * call.keep_scale
+    out_ptr = head_of(out, batch, head, place.first_query)
+    of_out = Matrix(out_ptr, out.stride_m, operands.out_descriptor, batch, head, place.first_query)
+    store_own(of_out, acc, place.first, place.seqlen_q, BLOCK_M, call.HEAD_DIM_V, call.BLOCK_DV)
 
 
 @triton.jit
@@ -36,43 +96,37 @@ def _forward_kernel(
     q,
     k,
     v,
+    out_descriptor,
+    q_descriptor,
     k_descriptor,
     v_descriptor,
     call,
+    tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_PERSISTENT: tl.constexpr,
 ):
-    """One program owns BLOCK_M queries of one head."""
-    place = place_of(call, False, BLOCK_M)
-    window = window_of(call, place)
-    head, batch = place.head, place.batch
-    query = place.first + tl.arange(0, BLOCK_M)
-    end_query = tl.minimum(place.first + BLOCK_M, place.seqlen_q)
-    q_ptr = head_of(q, batch, head, place.first_query)
-    head_k = head // call.group
-    k_ptr = head_of(k, batch, head_k, place.first_key)
-    v_ptr = head_of(v, batch, head_k, place.first_key)
-    acc, row_max, row_sum = attend(
-        load_rows(q_ptr, query, q.stride_m, place.seqlen_q, call.HEAD_DIM, call.BLOCK_D, True),
-        Matrix(k_ptr, k.stride_m, k_descriptor, batch, head_k, place.first_key),
-        Matrix(v_ptr, v.stride_m, v_descriptor, batch, head_k, place.first_key),
-        rows_of(call, window, batch, place.sample, head, query[:, None]),
-        window.key_end,
-        key_tiles(place.first, end_query, window, BLOCK_N),
-        call,
-        BLOCK_M,
-        BLOCK_N,
+    """One program owns one of `tiles` tiles of queries or, if IS_PERSISTENT, every n-th of them
+    from its own number on, where n programs run.
+    """
+    operands = Operands(
+        out,
+        lse_ptr,
+        row_max_ptr,
+        row_sum_ptr,
+        q,
+        k,
+        v,
+        out_descriptor,
+        q_descriptor,
+        k_descriptor,
+        v_descriptor,
     )
-    if call.NORMALIZER == "softmax":
-        acc, base, row_sum, lse = normalized(acc, row_max * call.factor, row_sum, head, call)
-        row = statistics_row(call, place, head) + query
-        tl.store(lse_ptr + row, lse, query < place.seqlen_q)
-        tl.store(row_max_ptr + row, base, query < place.seqlen_q)
-        tl.store(row_sum_ptr + row, row_sum, query < place.seqlen_q)
-    if call.seed is not None:
-        acc = acc * call.keep_scale
-    out_ptr = head_of(out, batch, head, place.first_query)
-    store_rows(out_ptr, acc, query, out.stride_m, place.seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV)
+    if IS_PERSISTENT:
+        for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _forward_tile(number, operands, call, BLOCK_M, BLOCK_N)
+    else:
+        _forward_tile(tl.program_id(0), operands, call, BLOCK_M, BLOCK_N)
 
 
 def forward(
@@ -100,17 +154,20 @@ def forward(
         attention_decode.forward(problem, splits, out, statistics, q, k, v, call)
         return
     blocks = blocks_for("forward", problem)
-    tiles = tiles_of(problem, problem.seqlen_q, blocks.own)
-    _forward_kernel[(problem.batch * problem.num_heads * tiles,)](
+    tiles = problem.batch * problem.num_heads * tiles_of(problem, problem.seqlen_q, blocks.own)
+    _forward_kernel[(programs_for(blocks, tiles, problem.device),)](
         heads(out),
         *statistics,
         heads(q),
         heads(k),
         heads(v),
-        *descriptors_of(blocks, k, v),
+        *own_descriptors_of(problem, blocks, (out,), (q,)),
+        *descriptors_of(blocks, blocks.step, k, v),
         call,
+        tiles,
         BLOCK_M=blocks.own,
         BLOCK_N=blocks.step,
+        IS_PERSISTENT=blocks.programs_per_sm > 0,
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
         enable_fp_fusion=False,

@@ -135,16 +135,27 @@ def _broadcast(bias: Tensor) -> Heads:
     return Heads(bias, *(stride if size > 1 else 0 for stride, size in strides))
 
 
-def descriptors_of(blocks: Blocks, *tensors: Tensor) -> list[TensorDescriptor | None]:
-    """Of tiles of blocks.step rows of one head; all None where blocks asks for none, or a tensor is
+def own_descriptors_of(
+    problem: Any, blocks: Blocks, outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]
+) -> list[TensorDescriptor | None]:
+    """Of the tiles that a program owns. A packed sequence's last tile is no whole one, and must not
+    be stored as one.
+    """
+    of_inputs = descriptors_of(blocks, blocks.own, *inputs)
+    if problem.num_sequences is not None:
+        return [None] * len(outputs) + of_inputs
+    return descriptors_of(blocks, blocks.own, *outputs) + of_inputs
+
+
+def descriptors_of(blocks: Blocks, rows: int, *tensors: Tensor) -> list[TensorDescriptor | None]:
+    """Of tiles of so many rows of one head; all None where blocks asks for none, or a tensor is
     not made for them: they take addresses and strides in multiples of 16 bytes, and no empty or
     repeated dimension.
     """
     if not (blocks.descriptors and all(map(_is_describable, tensors))):
         return [None] * len(tensors)
     return [
-        TensorDescriptor(x, x.shape, x.stride(), [1, 1, blocks.step, padded(x.shape[3])])
-        for x in tensors
+        TensorDescriptor(x, x.shape, x.stride(), [1, 1, rows, padded(x.shape[3])]) for x in tensors
     ]
 
 

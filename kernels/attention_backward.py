@@ -20,6 +20,7 @@ from leedl_fast.kernels.attention_arguments import (
     call_of,
     descriptors_of,
     heads,
+    own_descriptors_of,
     statistics_of,
     tiles_of,
 )
@@ -42,10 +43,12 @@ from leedl_fast.kernels.attention_tiles import (
     Matrix,
     dot,
     key_tiles,
+    load_own,
     load_rows,
     load_tile,
     query_tiles,
     sees_one_key,
+    store_own,
     store_rows,
 )
 
@@ -57,7 +60,7 @@ def _delta_kernel(statistics, part_dsinks_ptr, dlse_ptr, dout, out, call, BLOCK_
     """delta = dout . out - dlse, and what these rows give to dsinks; one program owns BLOCK_M
     queries of one head.
     """
-    place = place_of(call, False, BLOCK_M)
+    place = place_of(tl.program_id(0), call, False, BLOCK_M)
     head, batch, seqlen_q = place.head, place.batch, place.seqlen_q
     query = place.first + tl.arange(0, BLOCK_M)
     dout_ptr = head_of(dout, batch, head, place.first_query)
@@ -123,6 +126,9 @@ def _query_kernel(
     q,
     k,
     v,
+    dq_descriptor,
+    dout_descriptor,
+    q_descriptor,
     k_descriptor,
     v_descriptor,
     statistics,
@@ -131,7 +137,7 @@ def _query_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program owns BLOCK_M queries of one head."""
-    place = place_of(call, False, BLOCK_M)
+    place = place_of(tl.program_id(0), call, False, BLOCK_M)
     head, batch, seqlen_q = place.head, place.batch, place.seqlen_q
     window = window_of(call, place)
     query = place.first + tl.arange(0, BLOCK_M)
@@ -139,9 +145,11 @@ def _query_kernel(
     tiles = key_tiles(place.first, end_query, window, BLOCK_N)
 
     q_ptr = head_of(q, batch, head, place.first_query)
-    q_rows = load_rows(q_ptr, query, q.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D, True)
+    of_q = Matrix(q_ptr, q.stride_m, q_descriptor, batch, head, place.first_query)
+    q_rows = load_own(of_q, place.first, seqlen_q, BLOCK_M, call.HEAD_DIM, call.BLOCK_D)
     dout_ptr = head_of(dout, batch, head, place.first_query)
-    do = load_rows(dout_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
+    of_dout = Matrix(dout_ptr, dout.stride_m, dout_descriptor, batch, head, place.first_query)
+    do = load_own(of_dout, place.first, seqlen_q, BLOCK_M, call.HEAD_DIM_V, call.BLOCK_DV)
     head_k = head // call.group
     k_ptr = head_of(k, batch, head_k, place.first_key)
     v_ptr = head_of(v, batch, head_k, place.first_key)
@@ -167,7 +175,8 @@ def _query_kernel(
         )
     dq_ptr = head_of(dq, batch, head, place.first_query)
     acc = acc * call.softmax_scale
-    store_rows(dq_ptr, acc, query, dq.stride_m, seqlen_q, call.HEAD_DIM, call.BLOCK_D)
+    of_dq = Matrix(dq_ptr, dq.stride_m, dq_descriptor, batch, head, place.first_query)
+    store_own(of_dq, acc, place.first, seqlen_q, BLOCK_M, call.HEAD_DIM, call.BLOCK_D)
 
 
 @triton.jit
@@ -249,7 +258,7 @@ def _key_value_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """One program owns BLOCK_N keys of one head of k and v, for all query heads that read it."""
-    place = place_of(call, True, BLOCK_N)
+    place = place_of(tl.program_id(0), call, True, BLOCK_N)
     head, batch, key_end = place.head, place.batch, place.key_end
     window = window_of(call, place)
     key = place.first + tl.arange(0, BLOCK_N)
@@ -324,7 +333,8 @@ def backward(
         _query_kernel[(problem.batch * problem.num_heads * tiles,)](
             heads(dq),
             *tensors,
-            *descriptors_of(blocks, k, v),
+            *own_descriptors_of(problem, blocks, (dq,), (dout, q)),
+            *descriptors_of(blocks, blocks.step, k, v),
             statistics,
             call,
             BLOCK_M=blocks.own,
@@ -340,7 +350,7 @@ def backward(
             heads(dk),
             heads(dv),
             *tensors,
-            *descriptors_of(blocks, q, dout),
+            *descriptors_of(blocks, blocks.step, q, dout),
             statistics,
             call,
             BLOCK_N=blocks.own,

@@ -24,7 +24,7 @@ from leedl_fast.kernels.attention_tiles import (
     key_end_of,
     key_tiles,
     load_rows,
-    program_of,
+    tile_of,
 )
 
 
@@ -50,7 +50,7 @@ def _bias_kernel(
     """
     tiles_n = tl.cdiv(call.seqlen_k, BLOCK_N)
     tiles_m = tl.cdiv(call.seqlen_q, BLOCK_M)
-    tile, bias_head, bias_batch = program_of(tiles_m * tiles_n, bias_heads)
+    tile, bias_head, bias_batch = tile_of(tl.program_id(0), tiles_m * tiles_n, bias_heads)
     tile_m, tile_n = tile // tiles_n, tile % tiles_n
     first = tile_m * BLOCK_M
     first_key = tile_n * BLOCK_N

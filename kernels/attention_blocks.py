@@ -20,7 +20,9 @@ class Blocks(NamedTuple):
     """Tile sizes of one kernel: the rows that a program owns, and those of a step of its loop.
 
     "decode" owns so many keys and steps through them; "bias" owns queries and a step of keys.
-    descriptors: whether tiles that need no mask are loaded by tensor descriptors.
+    descriptors: whether tiles that need no mask, and a program's own rows, are loaded and stored
+    by tensor descriptors. programs_per_sm: how many programs of the "forward" kernel each
+    multiprocessor gets, which walk the tiles between them; 0: one program per tile.
     """
 
     own: int
@@ -28,6 +30,7 @@ class Blocks(NamedTuple):
     num_warps: int
     num_stages: int
     descriptors: bool = False
+    programs_per_sm: int = 0
 
 
 class Key(NamedTuple):
@@ -40,17 +43,24 @@ class Key(NamedTuple):
 
 
 def _everywhere(*blocks: int) -> dict[str, Blocks]:
-    return dict.fromkeys(("hopper", "ampere", "cdna"), Blocks(*blocks))
+    return dict.fromkeys(("blackwell", "hopper", "ampere", "cdna"), Blocks(*blocks))
 
 
-def _each(hopper: tuple, ampere: tuple, cdna: tuple) -> dict[str, Blocks]:
-    return {"hopper": Blocks(*hopper), "ampere": Blocks(*ampere), "cdna": Blocks(*cdna)}
+def _each(
+    hopper: tuple, ampere: tuple, cdna: tuple, blackwell: tuple | None = None
+) -> dict[str, Blocks]:
+    return {
+        "blackwell": Blocks(*blackwell or hopper),
+        "hopper": Blocks(*hopper),
+        "ampere": Blocks(*ampere),
+        "cdna": Blocks(*cdna),
+    }
 
 
-# For NVIDIA's "hopper" and later, "ampere", and AMD's "cdna". Chosen by what the compiler reports:
-# the largest tiles that spill no registers. float32 dots run out of registers, not on tensor cores;
-# their "query" kernel spills a few above head_dim 64 whatever its tiles. A narrow window takes the
-# wide one's tiles where it has no line.
+# For NVIDIA's "blackwell" and later, "hopper", and "ampere", and for AMD's "cdna". Chosen by what
+# the compiler reports: the largest tiles that spill no registers. float32 dots run out of
+# registers, not on tensor cores; their "query" kernel spills a few above head_dim 64 whatever its
+# tiles. A narrow window takes the wide one's tiles where it has no line.
 _BLOCKS = {
     Key("forward", 2, 64): _each((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2)),
     Key("forward", 2, 128): _each((128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
@@ -61,7 +71,9 @@ _BLOCKS = {
     Key("decode", 2, 128): _everywhere(256, 64, 4, 2),
     Key("decode", 2, 256): _everywhere(256, 32, 4, 2),
     Key("query", 2, 64): _each((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
-    Key("query", 2, 128): _each((128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    Key("query", 2, 128): _each(
+        (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), blackwell=(64, 32, 8, 2)
+    ),
     Key("query", 2, 256): _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
     Key("key_value", 2, 64): _each((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 1)),
     Key("key_value", 2, 128): _each((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
@@ -91,8 +103,10 @@ def architecture(device: torch.device) -> str:
     """The column of the table; the interpreter takes any."""
     if torch.version.hip is not None:
         return "cdna"
-    is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0)
-    return "ampere" if is_ampere else "hopper"
+    if device.type != "cuda":
+        return "hopper"
+    capability = torch.cuda.get_device_capability(device)
+    return "ampere" if capability < (9, 0) else "hopper" if capability < (10, 0) else "blackwell"
 
 
 def key_of(kernel: str, problem: Any) -> Key:
@@ -116,6 +130,18 @@ def blocks_for(kernel: str, problem: Any) -> Blocks:
     if needs_registers or problem.dropout_p > 0:
         blocks = blocks._replace(step=max(blocks.step // 2, 16))
     return blocks
+
+
+def programs_for(blocks: Blocks, tiles: int, device: torch.device) -> int:
+    """How many programs of the "forward" kernel share so many tiles."""
+    if blocks.programs_per_sm == 0:
+        return tiles
+    return min(tiles, blocks.programs_per_sm * multiprocessors(device))
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tuned_path(device: torch.device) -> Path:

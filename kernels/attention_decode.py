@@ -22,8 +22,8 @@ from leedl_fast.kernels.attention_tiles import (
     key_end_of,
     key_tiles,
     load_rows,
-    program_of,
     store_rows,
+    tile_of,
 )
 
 MAX_ROWS = 64  # queries of all heads that share keys; more of them fill a tile of their own
@@ -68,7 +68,7 @@ def _split_kernel(
     """One program owns SPLIT keys of one head of k and v, for every query that reads them. Parts
     are (batch, num_heads, seqlen_q, splits) and their columns.
     """
-    split, head_k, batch = program_of(num_splits, call.num_heads // call.group)
+    split, head_k, batch = tile_of(tl.program_id(0), num_splits, call.num_heads // call.group)
     row = tl.arange(0, BLOCK_M)
     exists = row < call.group * call.seqlen_q
     head = head_k * call.group + tl.where(exists, row // call.seqlen_q, 0)
@@ -124,7 +124,7 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program owns one query of one head, and adds up its parts, BLOCK at a time."""
-    query, head, batch = program_of(call.seqlen_q, call.num_heads)
+    query, head, batch = tile_of(tl.program_id(0), call.seqlen_q, call.num_heads)
     row = (batch * call.num_heads + head) * call.seqlen_q + query
     first = row * num_splits
     column = tl.arange(0, call.BLOCK_DV)
@@ -186,7 +186,7 @@ def forward(
         heads(q),
         heads(k),
         heads(v),
-        *descriptors_of(blocks, k, v),
+        *descriptors_of(blocks, blocks.step, k, v),
         call,
         splits.first,
         splits.count,

@@ -13,8 +13,8 @@ import triton.language as tl
 from leedl_fast.kernels.attention_tiles import (
     Window,
     key_end_of,
-    program_of,
     tile_in_pack,
+    tile_of,
 )
 from leedl_fast.kernels.philox import philox4x32
 
@@ -83,13 +83,15 @@ class RowStatistics(NamedTuple):
 
 
 @triton.jit
-def place_of(call, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """The place of this program: BLOCK queries of a head of q, or BLOCK keys of a head of k."""
+def place_of(number, call, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr):
+    """The place of the tile of this number: BLOCK queries of a head of q, or BLOCK keys of a head
+    of k.
+    """
     num_heads = call.num_heads // call.group if OF_KEYS else call.num_heads
     seqlen = call.seqlen_k if OF_KEYS else call.seqlen_q
     if call.cu_seqlens_q is not None:
         tiles = seqlen // BLOCK + call.num_sequences
-        tile, head, batch = program_of(tiles, num_heads)
+        tile, head, batch = tile_of(number, tiles, num_heads)
         own = call.cu_seqlens_k if OF_KEYS else call.cu_seqlens_q
         sequence, first = tile_in_pack(own, tile, call.num_sequences, BLOCK)
         first_query = tl.load(call.cu_seqlens_q + sequence)
@@ -101,7 +103,7 @@ def place_of(call, OF_KEYS: tl.constexpr, BLOCK: tl.constexpr):
             head, batch, sequence, first, first_query, first_key, seqlen_q, seqlen_k, key_end
         )
     else:
-        tile, head, batch = program_of(tl.cdiv(seqlen, BLOCK), num_heads)
+        tile, head, batch = tile_of(number, tl.cdiv(seqlen, BLOCK), num_heads)
         key_end = key_end_of(call.key_lengths, batch, call.seqlen_k)
         place = Place(head, batch, batch, tile * BLOCK, 0, 0, call.seqlen_q, call.seqlen_k, key_end)
     return place

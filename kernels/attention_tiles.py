@@ -48,13 +48,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def program_of(tiles, num_heads):
-    """(tile, head, batch) of this program. The tiles of one head follow each other, the last, which
-    has the most work under a causal mask, first.
+def tile_of(number, tiles, num_heads):
+    """(tile, head, batch) of the tile of this number, which is the program's, if it owns one alone.
+    The tiles of one head follow each other, the last, which has the most work under a causal mask,
+    first.
     """
-    program = tl.program_id(0)
-    row = (program // tiles).to(tl.int64)
-    return tiles - 1 - program % tiles, row % num_heads, row // num_heads
+    row = (number // tiles).to(tl.int64)
+    return tiles - 1 - number % tiles, row % num_heads, row // num_heads
 
 
 @triton.jit
@@ -172,6 +172,30 @@ def load_tile(
         place = [matrix.batch.to(tl.int32), matrix.head.to(tl.int32), row, 0]
         tile = matrix.descriptor.load(place).reshape(ROWS, BLOCK)
     return tile
+
+
+@triton.jit
+def load_own(matrix, first, row_end, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's own rows: zeros from row_end on, or by the descriptor the next rows of the pack,
+    whose results nobody stores, and zeros past its end.
+    """
+    return load_tile(matrix, first, row_end, ROWS, DIM, BLOCK, matrix.descriptor is None)
+
+
+@triton.jit
+def store_own(
+    matrix, tile, first, row_end, ROWS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program's own rows; a descriptor, which stores up to the tensor's end, is for rows that are
+    not packed.
+    """
+    if matrix.descriptor is None:
+        row = first + tl.arange(0, ROWS)
+        store_rows(matrix.ptr, tile, row, matrix.stride, row_end, DIM, BLOCK)
+    else:
+        place = [matrix.batch.to(tl.int32), matrix.head.to(tl.int32), first.to(tl.int32), 0]
+        rows = tile.to(matrix.descriptor.dtype).reshape(1, 1, ROWS, BLOCK)
+        matrix.descriptor.store(place, rows)
 
 
 @triton.jit

@@ -55,19 +55,33 @@ def test_candidates_divide_what_a_program_owns(kernel: str) -> None:
         assert all(blocks.own % blocks.step == 0 for blocks in found)
 
 
-@pytest.mark.parametrize("major", [8, 9, 10])
-def test_hopper_alone_takes_descriptors(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_programs_share_the_tiles_where_the_table_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention_blocks, "multiprocessors", lambda device: 10)
+    found = tuning.shared_among_programs(Blocks(64, 32, 4, 2))
+    programs = {
+        blocks: attention_blocks.programs_for(blocks, 25, torch.device("cpu")) for blocks in found
+    }
+    assert len(programs) == 10
+    assert programs[Blocks(64, 32, 4, 2)] == 25
+    for tile in ((64, 32, 4, 2), (64, 16, 4, 2), (64, 32, 8, 2)):
+        assert [programs[Blocks(*tile, False, count)] for count in (1, 2, 4)] == [10, 20, 25]
+
+
+@pytest.mark.parametrize("major", [8, 9, 10, 12])
+def test_sm_90_and_sm_100_take_descriptors(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
     takes = tuning.takes_descriptors(torch.device("cuda"))
-    assert takes == (major == 9)
+    assert takes == (major in (9, 10))
     found = tuning.candidates("query", takes)
-    assert any(blocks.descriptors for blocks in found) == (major == 9)
+    assert any(blocks.descriptors for blocks in found) == takes
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     table = {
-        Key("forward", 2, 64): Blocks(1, 2, 3, 4),
+        Key("forward", 2, 64): Blocks(1, 2, 3, 4, True, 5),
         Key("query", 4, 256, True): Blocks(*[8] * 4),
     }
     attention_blocks.write_table(tmp_path / "new" / "table.json", table)
@@ -97,6 +111,19 @@ def test_bias_softcap_and_dropout_take_smaller_steps() -> None:
     plain = attention_blocks.blocks_for("forward", _problem())
     capped = attention_blocks.blocks_for("forward", _problem(softcap=2.0))
     assert capped == plain._replace(step=plain.step // 2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 3), "blackwell"), ((12, 0), "blackwell")],
+)
+def test_every_gpu_has_a_column(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert attention_blocks.architecture(torch.device("cuda")) == name
+    assert all(name in row for row in attention_blocks._BLOCKS.values())
 
 
 def test_every_size_has_tiles() -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-INTERPRETED = Path(__file__).with_name("interpreted.py")
+INTERPRETED = [
+    str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_tiles.py")
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,7 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_tests(request: pytest.FixtureRequest) -> Iterator[Callable[[], tuple[int, str]]]:
-    """Waits for `interpreted.py`, which runs in a process of its own, since whether a kernel is
+    """Waits for `interpreted*.py`, which run in a process of their own, since whether a kernel is
     interpreted is decided when it is defined; returns its exit code and output.
     """
     if not any(item.path.stem == "test_interpreter" for item in request.session.items):
@@ -33,7 +35,7 @@ def interpreted_tests(request: pytest.FixtureRequest) -> Iterator[Callable[[], t
         return
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider"]
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([*command, str(INTERPRETED)], stdout=output, stderr=output)
+        process = subprocess.Popen([*command, *INTERPRETED], stdout=output, stderr=output)
 
         def wait() -> tuple[int, str]:
             code = process.wait()

@@ -2,8 +2,6 @@
 process of its own.
 """
 
-import random
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,17 +9,13 @@ import pytest
 import rounded_interpreter  # noqa: F401  (before any kernel)
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from leedl_fast.backends import triton as triton_backend
 from leedl_fast.kernels import add_layer_norm as forward_kernels
 from leedl_fast.kernels import add_layer_norm_backward as backward_kernels
 from leedl_fast.kernels import (
-    attention_arguments,
-    attention_blocks,
     attention_decode,
-    attention_tiles,
 )
 from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
@@ -221,48 +215,6 @@ def test_attention_reads_no_padding() -> None:
         assert torch.equal(_bits(with_nan), _bits(without))
 
 
-def test_tensor_descriptors_load_what_pointers_load(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bit for bit, with NaN in the padding, for one head_dim that fills its tile and one that does
-    not; and strides that descriptors cannot have are loaded by pointers.
-    """
-    described = []
-
-    def record(x: Tensor) -> bool:
-        described.append(is_describable(x))
-        return described[-1]
-
-    is_describable = attention_arguments._is_describable
-    monkeypatch.setattr(attention_arguments, "_is_describable", record)
-    lengths = torch.tensor([200, 101, 0])
-    for head_dim, expected in ((16, True), (20, True), (18, False)):
-        q, k, v = torch.randn(3, 3, 4, 200, head_dim)
-        k, v = k[:, :2].contiguous(), v[:, :2].contiguous()
-        for sample, length in enumerate(lengths.tolist()):
-            k[sample, :, length:] = v[sample, :, length:] = torch.nan
-
-        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-            leaves = [x.clone().requires_grad_() for x in tensors]
-            out = attention(*leaves, key_lengths=lengths, window=(120, 90), backend="triton")
-            return out, *torch.autograd.grad(out.square().sum(), leaves)
-
-        by_pointers = run(q, k, v)
-        assert not described
-        with monkeypatch.context() as patch:
-            patch.setattr(attention_blocks, "_BLOCKS", _with_descriptors())
-            by_descriptors = run(q, k, v)
-        assert set(described) == {expected}
-        described.clear()
-        for ours, theirs in zip(by_descriptors, by_pointers, strict=True):
-            assert torch.equal(_bits(ours), _bits(theirs))
-
-
-def _with_descriptors() -> dict[Any, Any]:
-    return {
-        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
-        for key, row in attention_blocks._BLOCKS.items()
-    }
-
-
 def test_attention_of_a_sample_does_not_depend_on_its_batch() -> None:
     q, k, v, lengths = _lengths_case()
     whole = attention(q, k, v, key_lengths=lengths, causal=True, backend="triton")
@@ -320,72 +272,3 @@ def test_few_queries_split_the_keys() -> None:
         attention(q, kv, kv, causal=True, window=300, backend="triton")
     assert splits == {(2, 902): (0, 4), (40, 940): None, (2, 300): (2, 2)}
     assert torch.allclose(few, many[:, :, :2], rtol=0, atol=1e-6)
-
-
-@triton.jit
-def _tiles_kernel(
-    out_ptr,
-    first,
-    end,
-    shift,
-    window_left,
-    window_right,
-    seqlen_q,
-    key_end,
-    OF_QUERIES: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    window = (shift, window_left, window_right, seqlen_q, key_end)
-    if OF_QUERIES:
-        tiles = attention_tiles.query_tiles(first, window, BLOCK_KEYS, BLOCK)
-    else:
-        tiles = attention_tiles.key_tiles(first, end, window, BLOCK)
-    for i in tl.static_range(4):
-        tl.store(out_ptr + i, tiles[i])
-
-
-def _attends(
-    query: int, key: int, seqlen_q: int, seqlen_k: int, window: tuple[int, int], key_end: int
-) -> bool:
-    """The definition, pair by pair."""
-    distance = key - (query + seqlen_k - seqlen_q)
-    return -window[0] <= distance <= window[1] and query < seqlen_q and key < key_end
-
-
-@pytest.mark.parametrize("of_queries", [False, True], ids=["key-tiles", "query-tiles"])
-def test_tile_ranges_are_exact(of_queries: bool) -> None:
-    """Every tile with a visible pair and no other, and as many unmasked ones as there can be."""
-    generator = random.Random(0)
-    own, step = 4, 8
-    for _ in range(60):
-        seqlen_q, seqlen_k = generator.randint(1, 40), generator.randint(1, 40)
-        key_end = generator.choice([seqlen_k, generator.randint(0, seqlen_k)])
-        window = generator.choice([0, 3, 11, 80]), generator.choice([0, 3, 11, 80])
-        shift = seqlen_k - seqlen_q
-        attends = partial(
-            _attends, seqlen_q=seqlen_q, seqlen_k=seqlen_k, window=window, key_end=key_end
-        )
-        first = own * generator.randrange(-(-(seqlen_k if of_queries else seqlen_q) // own))
-        end = min(first + own, seqlen_q)
-        out = torch.empty(4, dtype=torch.int32)
-        _tiles_kernel[(1,)](
-            out, first, end, shift, *window, seqlen_q, key_end, of_queries, own, step
-        )
-        begin, inner_begin, inner_end, stop = out.tolist()
-
-        mine = range(first, first + own if of_queries else end)
-        seen, full = [], []
-        for tile in range(-(-max(seqlen_q, seqlen_k) // step)):
-            others = range(tile * step, (tile + 1) * step)
-            pairs = [
-                attends(other, i) if of_queries else attends(i, other)
-                for i in mine
-                for other in others
-            ]
-            if any(pairs):
-                seen.append(tile)
-            if all(pairs):
-                full.append(tile)
-        assert list(range(begin, stop)) == seen
-        assert list(range(inner_begin, inner_end)) == full

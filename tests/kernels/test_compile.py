@@ -40,7 +40,7 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-_ARCHITECTURES = {80: "ampere", 90: "hopper", 100: "hopper", "gfx942": "cdna"}
+_ARCHITECTURES = {80: "ampere", 90: "hopper", 100: "blackwell", "gfx942": "cdna"}
 
 bfloat16, float32 = torch.bfloat16, torch.float32
 Launch = Callable[[], None]
@@ -267,9 +267,10 @@ def test_spills_are_seen(tmp_path: Path) -> None:
     assert _spilled(kernels[0], tmp_path) > 0
 
 
-def test_interior_tiles_are_loaded_by_descriptors(tmp_path: Path) -> None:
-    """In the forward pass and both loops of the backward one, where the table asks for them: on
-    Hopper, as `tuning.takes_descriptors` has it.
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_descriptors_load_and_store_without_spills(target: str, tmp_path: Path) -> None:
+    """In the forward pass, both loops of the backward one and decoding, where the table asks for
+    them, on what `tuning.takes_descriptors` allows.
     """
     described = {
         key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
@@ -277,10 +278,34 @@ def test_interior_tiles_are_loaded_by_descriptors(tmp_path: Path) -> None:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_blocks, "_BLOCKS", described)
-        kernels = _compile(TARGETS["sm_90"], _attention(bfloat16, 128, window=1024))
-    with_loop = [kernel for kernel in kernels if kernel.metadata.name != "_delta_kernel"]
-    assert len(with_loop) == 3
+        whole = _attention(bfloat16, 128, window=1024)
+        split = _attention(bfloat16, 128, seqlen_q=1, window=1024, with_backward=False)
+        kernels = _compile(TARGETS[target], whole) + _compile(TARGETS[target], split)
+    stores = ("_forward_kernel", "_query_kernel")
+    with_loop = [
+        kernel
+        for kernel in kernels
+        if kernel.metadata.name not in ("_delta_kernel", "_combine_kernel")
+    ]
+    assert len(with_loop) == 4
     for kernel in with_loop:
-        assert "cp.async.bulk.tensor" in kernel.asm["ptx"], kernel.metadata.name
-        assert _spilled(kernel, tmp_path) == 0, kernel.metadata.name
-        assert kernel.metadata.shared <= SHARED_MEMORY["sm_90"], kernel.metadata.name
+        name, ptx = kernel.metadata.name, kernel.asm["ptx"]
+        assert "cp.async.bulk.tensor.4d.shared" in ptx, name
+        assert ("cp.async.bulk.tensor.4d.global" in ptx) == (name in stores), name
+        assert _spilled(kernel, tmp_path) == 0, name
+        assert kernel.metadata.shared <= SHARED_MEMORY[target], name
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
+def test_programs_that_walk_tiles_do_not_spill(packed: bool, target: str, tmp_path: Path) -> None:
+    """With small tiles, one of those that `leedl-fast tune` tries."""
+    tile = attention_blocks.Blocks(64, 32, 4, 2, programs_per_sm=2)
+    shared = {key: dict.fromkeys(row, tile) for key, row in attention_blocks._BLOCKS.items()}
+    launch = _attention(bfloat16, 128, packed=packed, with_backward=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_blocks, "_BLOCKS", shared)
+        patch.setattr(attention_blocks, "multiprocessors", lambda device: 4)
+        (kernel,) = _compile(TARGETS[target], launch)
+    assert _spilled(kernel, tmp_path) == 0
+    assert kernel.metadata.shared <= SHARED_MEMORY[target]
