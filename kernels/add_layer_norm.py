@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for_rows, programs_for
 from leedl_fast.kernels.launching import Launch, Launcher
 from leedl_fast.kernels.philox import philox4x32
 
@@ -31,6 +32,18 @@ class Addends(NamedTuple):
     residual_stride: Any
     threshold: Any
     scale: Any
+
+
+class Operands(NamedTuple):
+    """The rest of a forward call."""
+
+    normed_ptr: Any
+    summed_ptr: Any
+    weight_ptr: Any
+    bias_ptr: Any
+    rows: Any
+    n: Any
+    eps: Any
 
 
 @triton.jit
@@ -101,6 +114,24 @@ def scale_and_shift(x_hat, weight_ptr, bias_ptr, column, n):
 
 
 @triton.jit
+def _forward_rows(
+    tile, operands, addends, IS_RMS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """BLOCK_M whole rows; BLOCK_N >= n."""
+    normed_ptr, summed_ptr, weight_ptr, bias_ptr, rows, n, eps = operands
+    DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    row = tl.full((BLOCK_M,), BLOCK_M, tl.int64) * tile + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    mask = (row < rows)[:, None] & (column < n)[None, :]
+    summed = _load_summed(addends, row, 0, mask, DTYPE)
+    offset = row[:, None] * n + column[None, :]
+    tl.store(summed_ptr + offset, summed.to(DTYPE), mask)
+    centered, rstd = center(summed, mask, n, eps, IS_RMS)
+    normed = scale_and_shift(centered * rstd[:, None], weight_ptr, bias_ptr, column, n)
+    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask)
+
+
+@triton.jit
 def _forward_kernel(
     normed_ptr,
     summed_ptr,
@@ -119,19 +150,18 @@ def _forward_kernel(
     IS_RMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    IS_PERSISTENT: tl.constexpr,
 ):
-    """One program owns BLOCK_M rows; BLOCK_N >= n."""
-    DTYPE: tl.constexpr = summed_ptr.dtype.element_ty
+    """One program owns BLOCK_M rows or, if IS_PERSISTENT, every k-th BLOCK_M rows from its own on,
+    where k programs run.
+    """
     addends = Addends(x_ptr, residual_ptr, seed_ptr, x_stride, residual_stride, threshold, scale)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, BLOCK_N)
-    mask = (row < rows)[:, None] & (column < n)[None, :]
-    summed = _load_summed(addends, row, 0, mask, DTYPE)
-    offset = row[:, None] * n + column[None, :]
-    tl.store(summed_ptr + offset, summed.to(DTYPE), mask)
-    centered, rstd = center(summed, mask, n, eps, IS_RMS)
-    normed = scale_and_shift(centered * rstd[:, None], weight_ptr, bias_ptr, column, n)
-    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask)
+    operands = Operands(normed_ptr, summed_ptr, weight_ptr, bias_ptr, rows, n, eps)
+    if IS_PERSISTENT:
+        for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+            _forward_rows(tile, operands, addends, IS_RMS, BLOCK_M, BLOCK_N)
+    else:
+        _forward_rows(tl.program_id(0), operands, addends, IS_RMS, BLOCK_M, BLOCK_N)
 
 
 @triton.jit
@@ -236,14 +266,19 @@ def _threshold_and_scale(dropout_p: float) -> tuple[int, float]:
 
 def _forward_launch(problem: Any, x_stride: int, residual_stride: int, *_: bool) -> Launch:
     rows, n = problem.rows, problem.n
-    if n <= _MAX_N:
-        kernel, options = _forward_kernel, tile(n, 1024)
-    else:
-        kernel, options = _wide_forward_kernel, {**tile(_WIDE_BLOCK, 1), "BLOCK_M": 1}
+    is_wide = n > _MAX_N
+    options = tile(_WIDE_BLOCK, 1) if is_wide else tile(n, 1024)
     block_m, block_n = options.pop("BLOCK_M"), options.pop("BLOCK_N")
+    constants = {"IS_RMS": problem.norm == "rms", "BLOCK_M": block_m, "BLOCK_N": block_n}
+    programs = triton.cdiv(rows, block_m)
+    if not is_wide:
+        blocks = blocks_for_rows(problem, Blocks(block_m, block_n, options["num_warps"], 3))
+        programs = programs_for(blocks, triton.cdiv(rows, blocks.own), problem.device)
+        options |= {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+        constants |= {"BLOCK_M": blocks.own, "IS_PERSISTENT": blocks.programs_per_sm > 0}
     return Launch(
-        kernel,
-        triton.cdiv(rows, block_m),
+        _wide_forward_kernel if is_wide else _forward_kernel,
+        programs,
         (
             x_stride,
             residual_stride,
@@ -252,12 +287,12 @@ def _forward_launch(problem: Any, x_stride: int, residual_stride: int, *_: bool)
             problem.eps,
             *_threshold_and_scale(problem.dropout_p),
         ),
-        {"IS_RMS": problem.norm == "rms", "BLOCK_M": block_m, "BLOCK_N": block_n},
+        constants,
         options,
     )
 
 
-_launch_forward = Launcher(_forward_launch)
+launch_forward = Launcher(_forward_launch)
 
 
 def forward(
@@ -284,7 +319,7 @@ def forward(
     if bias is not None:
         bias = bias.contiguous()
     key = (problem, x_stride, residual_stride, weight is None, bias is None)
-    _launch_forward(key, normed, summed, x, residual, weight, bias, seed)
+    launch_forward(key, normed, summed, x, residual, weight, bias, seed)
 
 
 def _rows(x: Tensor, n: int) -> tuple[Tensor, int]:

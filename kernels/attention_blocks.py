@@ -1,5 +1,5 @@
-"""Tile sizes of the attention kernels: one table, and the one that `leedl-fast tune` measured on
-this GPU, which goes first.
+"""Tile sizes of the kernels of attention and add_layer_norm: one table, and the one that
+`leedl-fast tune` measured on this GPU, which goes first.
 """
 
 import json
@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
 
     "decode" owns so many keys and steps through them; "bias" owns queries and a step of keys.
     descriptors: whether tiles that need no mask, and a program's own rows, are loaded and stored
-    by tensor descriptors. programs_per_sm: how many programs of the "forward" kernel each
+    by tensor descriptors. programs_per_sm: how many programs of a forward kernel each
     multiprocessor gets, which walk the tiles between them; 0: one program per tile.
     """
 
@@ -132,8 +132,23 @@ def blocks_for(kernel: str, problem: Any) -> Blocks:
     return blocks
 
 
+def key_of_rows(itemsize: int, block_n: int) -> Key:
+    """add_layer_norm's line in the measured table: block_n is the length of rows, rounded up."""
+    return Key("add_layer_norm", itemsize, block_n)
+
+
+def blocks_for_rows(problem: Any, default: Blocks) -> Blocks:
+    """What add_layer_norm's forward kernel takes: default unless something was measured.
+
+    own: rows at a time; step: their length, rounded up.
+    """
+    if problem.device.type != "cuda":
+        return default
+    return tuned(problem.device).get(key_of_rows(problem.dtype.itemsize, default.step), default)
+
+
 def programs_for(blocks: Blocks, tiles: int, device: torch.device) -> int:
-    """How many programs of the "forward" kernel share so many tiles."""
+    """How many programs share so many tiles."""
     if blocks.programs_per_sm == 0:
         return tiles
     return min(tiles, blocks.programs_per_sm * multiprocessors(device))

@@ -63,3 +63,7 @@ class Launcher:
                 self._bound.clear()
             others = (*launch.numbers, *launch.constants.values())
             self._bound[key] = compiled[(launch.programs, 1, 1)], others
+
+    def forget(self) -> None:
+        """What was bound; another plan may hold now."""
+        self._bound.clear()

@@ -1,4 +1,5 @@
-"""`leedl-fast tune`: tile sizes of the attention kernels, measured on the user's own GPU.
+"""`leedl-fast tune`: tile sizes of the kernels of attention and add_layer_norm, measured on the
+user's own GPU.
 
 The kernels look into the table that is written here before their own (kernels/attention_blocks.py).
 """
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import torch
 
-from leedl_fast.ops import attention
+from leedl_fast.ops import add_layer_norm, attention
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEAD_DIMS = (64, 128, 256)
+ROW_LENGTHS = (64, 256, 1024)  # of add_layer_norm, many of them
 
 
 def tune(
@@ -20,7 +22,8 @@ def tune(
     *,
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Measure every kernel for each head_dim and dtype, wide and with a narrow window.
+    """Measure every kernel of attention for each head_dim and dtype, wide and with a narrow window,
+    and add_layer_norm of many short rows for each dtype.
 
     Args:
         head_dims: of HEAD_DIMS; smaller heads take the tiles of the next one.
@@ -54,7 +57,47 @@ def tune(
                     key = attention_blocks.Key(kernel, itemsize, head_dim, narrow)
                     _tune_one(table, key, DTYPES[dtype], device, report)
                     attention_blocks.write_table(attention_blocks.tuned_path(device), table)
+        for n in ROW_LENGTHS:
+            _tune_rows(table, n, DTYPES[dtype], device, report)
+            attention_blocks.write_table(attention_blocks.tuned_path(device), table)
     return attention_blocks.tuned_path(device)
+
+
+def _tune_rows(
+    table: dict, n: int, dtype: torch.dtype, device: torch.device, report: Callable
+) -> None:
+    from triton.testing import do_bench
+
+    from leedl_fast.kernels import attention_blocks
+    from leedl_fast.kernels.add_layer_norm import launch_forward
+
+    key = attention_blocks.key_of_rows(dtype.itemsize, n)
+    x, residual = torch.randn(2, (64 << 20) // (n * dtype.itemsize), n, device=device, dtype=dtype)
+
+    def milliseconds(blocks: tuple) -> float:
+        table[key] = blocks
+        launch_forward.forget()
+        return do_bench(lambda: add_layer_norm(x, residual, backend="triton"), warmup=5, rep=25)
+
+    found = fastest(candidates_for_rows(n), milliseconds)
+    assert found is not None
+    table[key], best = found
+    launch_forward.forget()
+    report(f"add_layer_norm {n} {dtype}: {tuple(table[key])}, {best:.3f} ms")
+
+
+def candidates_for_rows(n: int) -> list[tuple]:
+    """For add_layer_norm of many rows of n numbers, a power of two: 1024 to 4096 of them at a time,
+    by programs of their own, or by few programs that walk through them.
+    """
+    from leedl_fast.kernels.attention_blocks import Blocks
+
+    return [
+        Blocks(max(1, elements // n), n, num_warps, 3, False, count)
+        for elements in (1024, 2048, 4096)
+        for num_warps in (2, 4, 8)
+        for count in (0, 4, 8, 16)
+    ]
 
 
 def _tune_one(

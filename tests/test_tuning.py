@@ -69,6 +69,23 @@ def test_few_programs_share_the_tiles_where_the_table_says_so(
         assert [programs[Blocks(*tile, False, count)] for count in (1, 2, 4)] == [10, 20, 25]
 
 
+@pytest.mark.parametrize("n", tuning.ROW_LENGTHS)
+def test_candidates_for_rows_are_tiles_of_whole_rows(n: int) -> None:
+    found = tuning.candidates_for_rows(n)
+    assert len(set(found)) == len(found) == 36
+    assert {blocks.own * blocks.step for blocks in found} == {1024, 2048, 4096}
+    assert {blocks.step for blocks in found} == {n}
+
+
+def test_rows_take_what_was_measured(measured: dict[Key, Blocks]) -> None:
+    on_gpu = _problem()._replace(device=torch.device("cuda"))
+    default, own = Blocks(4, 256, 2, 3), Blocks(8, 256, 4, 3, False, 8)
+    assert attention_blocks.blocks_for_rows(on_gpu, default) == default
+    measured[attention_blocks.key_of_rows(2, 256)] = own
+    assert attention_blocks.blocks_for_rows(on_gpu, default) == own
+    assert attention_blocks.blocks_for_rows(_problem(), default) == default
+
+
 @pytest.mark.parametrize("major", [8, 9, 10, 12])
 def test_sm_90_and_sm_100_take_descriptors(major: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)

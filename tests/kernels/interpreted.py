@@ -14,9 +14,7 @@ from torch import Tensor
 from leedl_fast.backends import triton as triton_backend
 from leedl_fast.kernels import add_layer_norm as forward_kernels
 from leedl_fast.kernels import add_layer_norm_backward as backward_kernels
-from leedl_fast.kernels import (
-    attention_decode,
-)
+from leedl_fast.kernels import attention_blocks, attention_decode
 from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
@@ -134,6 +132,20 @@ def test_rows_longer_than_the_registers(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backward_kernels, "_parts_of", backward_kernels._parts_of.__wrapped__)
     (case,) = (case for case in CASES if str(case) == f"add_layer_norm-{name}")
     _check(case, torch.float32)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_programs_that_walk_the_rows_make_the_same_bits(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, residual = torch.randn(2, 151, 33)
+    options = {"dropout_p": 0.2, "seed": 3, "backend": "triton"}
+    alone = add_layer_norm(x, residual, **options)
+    shared = attention_blocks.Blocks(4, 64, 2, 3, False, count)
+    monkeypatch.setattr(forward_kernels, "blocks_for_rows", lambda *_: shared)
+    monkeypatch.setattr(attention_blocks, "multiprocessors", lambda device: 5)
+    for ours, theirs in zip(add_layer_norm(x, residual, **options), alone, strict=True):
+        assert torch.equal(_bits(ours), _bits(theirs))
 
 
 @pytest.mark.parametrize("n", [1, 6, 64, 133])

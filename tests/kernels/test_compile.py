@@ -309,3 +309,14 @@ def test_programs_that_walk_tiles_do_not_spill(packed: bool, target: str, tmp_pa
         (kernel,) = _compile(TARGETS[target], launch)
     assert _spilled(kernel, tmp_path) == 0
     assert kernel.metadata.shared <= SHARED_MEMORY[target]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("n", [64, 1024])
+def test_programs_that_walk_rows_do_not_spill(n: int, target: str, tmp_path: Path) -> None:
+    tile = attention_blocks.Blocks(4096 // n, n, 4, 3, programs_per_sm=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(add_layer_norm, "blocks_for_rows", lambda *_: tile)
+        patch.setattr(attention_blocks, "multiprocessors", lambda device: 4)
+        kernels = _compile(TARGETS[target], _add_layer_norm(bfloat16, n, None, 0.1))
+    assert _spilled(kernels[0], tmp_path) == 0

@@ -77,6 +77,15 @@ def test_bound_launches_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(launch._bound) <= 3
 
 
+def test_what_is_forgotten_is_bound_again() -> None:
+    kernel = _Kernel()
+    launch = _launcher(kernel)
+    launch((7,), torch.empty(64))
+    launch.forget()
+    launch((7,), torch.empty(64))
+    assert len(kernel.bound) == 2
+
+
 @pytest.mark.parametrize("n", [64, 40000])
 def test_launches_list_the_kernels_arguments_in_order(n: int) -> None:
     dtypes = (torch.float32,) * 3
