@@ -75,11 +75,10 @@ def test_bfloat16_follows_float32(pairs, variant, precision):
 def test_attention_maps_are_of_the_whole_translation(pairs):
     task = make_task(configure("transformer", data=pairs, **TINY))
     with record_attention(task.inference_model) as maps:
-        translation = translate(task, "no. 1").removeprefix("no. 1\n  -> ").removesuffix("\n")
+        translate(task, "no. 1")
     said = maps["decoder.layers.0.multihead_attn"].shape[2]
     assert said > 1
     assert maps["decoder.layers.0.self_attn"].shape[2:] == (said, said)
-    assert len(translation) >= said - 1  # a token of it has a character at least
 
 
 def test_an_epoch_has_every_pair_once_sorted_by_length(pairs):
