@@ -33,6 +33,7 @@ BUDGET_S = 0.5  # per comparison
 HEAD_DIM = 128
 OURS = "leedl_fast"
 DESCRIPTORS = "leedl_fast, descriptors"
+WALKING = "leedl_fast, 2 programs per multiprocessor"  # which walk the forward pass' tiles
 
 
 def _milliseconds(
@@ -104,26 +105,30 @@ def _window_mask(seqlen: int, left: int, right: int, block: int = 128) -> BlockM
     )
 
 
-def _with_descriptors(run: Function) -> Function:
-    """`run` with the kernels' own tiles, loaded by tensor descriptors."""
-    table = attention_blocks.tuned(DEVICE)  # goes before the kernels' own
-    kind = attention_blocks.architecture(DEVICE)
-    described = {
-        key: row[kind]._replace(descriptors=True)
-        for key, row in attention_blocks._BLOCKS.items()
-        if key.kernel in ("forward", "query", "key_value")
-    }
+def _with_tiles(kernels: tuple[str, ...], **changes: Any) -> Wrap:
+    """A call with the tiles of these kernels of attention changed."""
 
-    def described_run() -> Any:
-        before = dict(table)
-        table.update(described)
-        try:
-            return run()
-        finally:
-            table.clear()
-            table.update(before)
+    def wrap(run: Function) -> Function:
+        table = attention_blocks.tuned(DEVICE)  # goes before the kernels' own
+        kind = attention_blocks.architecture(DEVICE)
+        changed = {
+            key: row[kind]._replace(**changes)
+            for key, row in attention_blocks._BLOCKS.items()
+            if key.kernel in kernels
+        }
 
-    return described_run
+        def changed_run() -> Any:
+            before = dict(table)
+            table.update(changed)
+            try:
+                return run()
+            finally:
+                table.clear()
+                table.update(before)
+
+        return changed_run
+
+    return wrap
 
 
 def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | None) -> dict:
@@ -143,7 +148,11 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
     peers: Peers = {OURS: ours}
     wraps: dict[str, Wrap] = {}
     if DEVICE.type == "cuda" and takes_descriptors(DEVICE):
-        peers[DESCRIPTORS], wraps[DESCRIPTORS] = ours, _with_descriptors
+        kernels = "forward", "query", "key_value"
+        peers[DESCRIPTORS], wraps[DESCRIPTORS] = ours, _with_tiles(kernels, descriptors=True)
+    if window is not None and sum(window) < 256:
+        peers[WALKING] = ours
+        wraps[WALKING] = _with_tiles(("forward",), step=32, programs_per_sm=2)
     if window is None:
         peers["SDPA flash"] = flash
     else:
@@ -281,6 +290,8 @@ CASES: dict[str, Callable[[], dict]] = {
     "attention S64k hd128 window (1024, 0)": lambda: _attention(65536, 8, False, (1024, 0)),
     "add_layer_norm 16384 x 4096": lambda: _add_layer_norm(16384, 4096),
     "add_layer_norm 4096 x 32768": lambda: _add_layer_norm(4096, 32768),
+    "attention S64k hd128 window (127, 0)": lambda: _attention(65536, 8, False, (127, 0)),
+    "add_layer_norm 1048576 x 64": lambda: _add_layer_norm(1 << 20, 64),
 }
 
 

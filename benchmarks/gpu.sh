@@ -55,12 +55,12 @@ step build 80 "$python" -m pip install --no-build-isolation --no-deps -e .
     exit 2
 }
 step doctor 15 "$python" -m leedl_fast.cli doctor
-step tests 150 bash -c run_tests
+step tests 170 bash -c run_tests
 # Without torch's own pool every tensor is an allocation, whose bounds the sanitizer knows.
-step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+step sanitizer 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
     --target-processes all --error-exitcode 1 $tests \
     -k "conformance and float32 and (everything or causal-fewer-keys or layer_norm-odd or loss-noise)"
-step measure 130 "$python" -m leedl_fast.benchmarks.gpu "$folder/measured.json"
+step measure 120 "$python" -m leedl_fast.benchmarks.gpu "$folder/measured.json"
 step suite 40 "$python" -c "from pathlib import Path; from leedl_fast.benchmarks.run import bench
 bench(True, Path('$folder/suite'), ('attention', 'add_layer_norm', 'diffusion'),
       backend='triton', device='cuda', tiny=True)"

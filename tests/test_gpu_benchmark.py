@@ -58,6 +58,7 @@ def test_every_case_is_measured(
     assert all(part["ms"][flash] > 0 for part in results["full"].values())
     for name in ("rows", "long rows", "steps"):
         assert all(part["ms"][eager] > 0 for part in results[name].values())
+    assert results["window"]["forward"]["ms"][gpu.WALKING] > 0
     # FlexAttention's backward pass runs on GPUs alone, and says so without losing the others.
     assert "NotImplementedError" in results["window"]["forward"]["ms"]["FlexAttention"]
     assert results["long rows"]["backward"]["moved"] == 7 * 4 * 9000 * 2
@@ -92,12 +93,13 @@ def test_the_plain_steps_are_the_librarys(on_cpu: None, monkeypatch: pytest.Monk
         assert torch.allclose(peers["eager"](), peers[gpu.OURS](), rtol=1e-4, atol=1e-5)
 
 
-def test_descriptors_are_asked_for_only_while_they_are_measured(on_cpu: None) -> None:
+def test_tiles_are_changed_only_while_they_are_measured(on_cpu: None) -> None:
     table = gpu.attention_blocks.tuned(gpu.DEVICE)
     assert table == {}
-    seen = gpu._with_descriptors(lambda: dict(table))()
-    assert {key.kernel for key in seen} == {"forward", "query", "key_value"}
-    assert all(blocks.descriptors for blocks in seen.values())
+    wrap = gpu._with_tiles(("forward", "query"), descriptors=True, programs_per_sm=2)
+    seen = wrap(lambda: dict(table))()
+    assert {key.kernel for key in seen} == {"forward", "query"}
+    assert all(blocks.descriptors and blocks.programs_per_sm == 2 for blocks in seen.values())
     assert table == {}
 
 

@@ -200,6 +200,24 @@ def test_tensor_descriptors_load_what_pointers_load(
     assert all(map(torch.equal, run(), by_pointers))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
+def test_few_programs_that_walk_the_tiles_make_the_same_bits(
+    packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = torch.randn(3, 1, 8, 5000, 64, device="cuda", dtype=torch.bfloat16)
+    options = {"window": (100, 0), "backend": "triton"}
+    if packed:
+        options["cu_seqlens_q"] = torch.arange(0, 5001, 50, device="cuda")
+    alone = attention(q, k, v, **options)
+    for count in (1, 2):
+        shared = {
+            key: {kind: blocks._replace(programs_per_sm=count) for kind, blocks in row.items()}
+            for key, row in attention_blocks._BLOCKS.items()
+        }
+        monkeypatch.setattr(attention_blocks, "_BLOCKS", shared)
+        assert torch.equal(attention(q, k, v, **options), alone)
+
+
 def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
     """Also on tensors at other addresses, one of them not aligned, and into a CUDA graph."""
     x, residual = torch.randn(2, 64, 256, device="cuda")
