@@ -174,11 +174,13 @@ def backward(
     part_dweight = row_max.new_empty(batch, num_heads, query_blocks, problem.head_dim)
     inputs = heads(dout), row_max, row_sum, heads(q), heads(k), heads(v)
     call = call_of(problem, score_weight, key_lengths)
-    options = {"BLOCK": BLOCK, "num_warps": NUM_WARPS}
     if batch * num_heads * query_blocks > 0:
         _query_kernel[(batch * num_heads * query_blocks,)](
-            heads(dq), part_dweight, delta, *inputs, call, **options
+            heads(dq), part_dweight, delta, *inputs, call, BLOCK=BLOCK, num_warps=NUM_WARPS
         )
     if key_programs > 0:
-        _key_value_kernel[(key_programs,)](heads(dk), heads(dv), delta, *inputs, call, **options)
+        # Two accumulators: with as many warps as the others have, some of them would spill.
+        _key_value_kernel[(key_programs,)](
+            *(heads(dk), heads(dv), delta, *inputs, call), BLOCK=BLOCK, num_warps=2 * NUM_WARPS
+        )
     torch.sum(part_dweight, dim=(0, 2), out=dscore_weight)
