@@ -47,20 +47,20 @@ class Backward {
         bounded_(allocate<bool>(key_tasks())),
         dweights_(allocate<A>(tasks() * pitch_)),
         turns_(key_tasks()) {
-    Arena<A> arena(nullptr);
+    ByteArena arena(nullptr);
     take(arena);
-    scratch_size_ = arena.taken();
+    scratch_bytes_ = arena.taken();
   }
 
-  int64_t scratch_size() const { return scratch_size_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
   int64_t key_tasks() const { return sizes_.batch * sizes_.num_heads_k * key_blocks_; }
   int64_t tasks() const { return sizes_.batch * sizes_.num_heads * query_blocks_; }
   const Sums<T>& dk() const { return dk_; }
   const Sums<T>& dv() const { return dv_; }
 
   // Packs keys and values of one block; `index` counts (batch, head_k, block).
-  void pack(int64_t index, A* memory) const {
-    Arena<A> arena(memory);
+  void pack(int64_t index, std::byte* memory) const {
+    ByteArena arena(memory);
     const Scratch scratch = take(arena);
     const int64_t batch = index / key_blocks_ / sizes_.num_heads_k, head_k = index / key_blocks_ % sizes_.num_heads_k;
     const int64_t begin = index % key_blocks_ * kAdditiveBlockKeys;
@@ -79,7 +79,7 @@ class Backward {
   }
 
   // One block of queries; `index` counts (block, batch, head).
-  void run(int64_t index, A* memory) {
+  void run(int64_t index, std::byte* memory) {
     const int64_t pairs = sizes_.batch * sizes_.num_heads;
     Task task;
     task.batch = index % pairs / sizes_.num_heads;
@@ -91,7 +91,7 @@ class Backward {
     task.seen = {task.window.key_begin(task.row), task.window.key_end_of(task.row + task.rows - 1)};
     A* dweight = dweights(task.batch, task.head, task.block);
     std::fill_n(dweight, pitch_, A(0));
-    Arena<A> arena(memory);
+    ByteArena arena(memory);
     const Scratch scratch = take(arena);
     std::fill_n(scratch.dq, block_rows_ * pitch_, A(0));
     if (!task.seen.empty()) {
@@ -154,21 +154,21 @@ class Backward {
     A* dv;       // [block_keys rounded up to kTileRows][pitch_v]
   };
 
-  Scratch take(Arena<A>& arena) const {
+  Scratch take(ByteArena& arena) const {
     const int64_t scores = seen_blocks_ * block_rows_ * kAdditivePitch;
     Scratch scratch;
-    scratch.rows = arena.take(block_keys_ * std::max(pitch_, pitch_v_));
-    scratch.direct = arena.take(block_keys_ * pitch_);
-    scratch.plain = arena.take(block_rows_ * pitch_);
-    scratch.powers = arena.take(block_rows_ * pitch_);
-    scratch.dout = arena.take(block_rows_ * pitch_v_);
-    scratch.dout_t = arena.take(kTileRows * sizes_.head_dim_v);
-    scratch.douts = arena.take(block_rows_ * pitch_v_);
-    scratch.p = arena.take(scores);
-    scratch.ds = arena.take(scores);
-    scratch.dq = arena.take(block_rows_ * pitch_);
-    scratch.dk = arena.take(block_keys_ * pitch_);
-    scratch.dv = arena.take(round_up(block_keys_, kTileRows) * pitch_v_);
+    arena.take(scratch.rows, block_keys_ * std::max(pitch_, pitch_v_));
+    arena.take(scratch.direct, block_keys_ * pitch_);
+    arena.take(scratch.plain, block_rows_ * pitch_);
+    arena.take(scratch.powers, block_rows_ * pitch_);
+    arena.take(scratch.dout, block_rows_ * pitch_v_);
+    arena.take(scratch.dout_t, kTileRows * sizes_.head_dim_v);
+    arena.take(scratch.douts, block_rows_ * pitch_v_);
+    arena.take(scratch.p, scores);
+    arena.take(scratch.ds, scores);
+    arena.take(scratch.dq, block_rows_ * pitch_);
+    arena.take(scratch.dk, block_keys_ * pitch_);
+    arena.take(scratch.dv, round_up(block_keys_, kTileRows) * pitch_v_);
     return scratch;
   }
 
@@ -375,7 +375,7 @@ class Backward {
   const Buffer<bool> bounded_;  // per (batch, head_k, key block)
   const Buffer<A> dweights_;  // (batch, num_heads, query_blocks, pitch): sums of dS y
   std::vector<std::atomic<int32_t>> turns_;  // (batch, num_heads_k, key_blocks): how many tasks have added to dk and dv
-  int64_t scratch_size_;
+  int64_t scratch_bytes_;
 };
 
 }  // namespace
@@ -385,11 +385,11 @@ void additive_attention_backward(const AdditiveBackward<T>& args) {
   Backward<T> backward(args);
   const Sums<T>&dk = backward.dk(), &dv = backward.dv();
   const int threads = std::max(args.problem.num_threads, 1);
-  const Buffer<Accumulate<T>> memory = allocate<Accumulate<T>>(threads * backward.scratch_size());
+  const Buffer<std::byte> memory = allocate<std::byte>(threads * backward.scratch_bytes());
   std::atomic<int64_t> next_task{0};
 #pragma omp parallel num_threads(threads)
   {
-    Accumulate<T>* const scratch = memory.get() + omp_get_thread_num() * backward.scratch_size();
+    std::byte* const scratch = memory.get() + omp_get_thread_num() * backward.scratch_bytes();
 #pragma omp for schedule(static) nowait
     for (int64_t row = 0; row < dk.rows(); ++row) {
       dk.clear(row);

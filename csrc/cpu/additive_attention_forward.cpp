@@ -27,16 +27,16 @@ class Forward {
         keys_(allocate<A>(all_blocks() * keys_size_)),
         values_(allocate<A>(all_blocks() * values_size_)),
         bounded_(allocate<bool>(all_blocks())) {
-    Arena<A> arena(nullptr);
+    ByteArena arena(nullptr);
     take(arena);
-    scratch_size_ = arena.taken();
+    scratch_bytes_ = arena.taken();
   }
 
   int64_t all_blocks() const { return sizes_.batch * sizes_.num_heads_k * blocks_; }
-  int64_t scratch_size() const { return scratch_size_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
 
   // Packs keys and values of one block; `index` counts (batch, head_k, block).
-  void pack(int64_t index, A* memory) const {
+  void pack(int64_t index, std::byte* memory) const {
     const Scratch scratch = scratch_in(memory);
     const int64_t batch = index / blocks_ / sizes_.num_heads_k, head_k = index / blocks_ % sizes_.num_heads_k;
     const int64_t begin = index % blocks_ * kAdditiveBlockKeys;
@@ -57,7 +57,7 @@ class Forward {
 
   // One strip of queries; `index` counts (strip, batch, head), the last strips first: with a causal window they see
   // most.
-  void run(int64_t index, A* memory) const {
+  void run(int64_t index, std::byte* memory) const {
     const int64_t pairs = sizes_.batch * sizes_.num_heads;
     const int64_t batch = index % pairs / sizes_.num_heads, head = index % pairs % sizes_.num_heads;
     const int64_t row = (problem_.strips() - 1 - index / pairs) * kTileRows;
@@ -95,21 +95,21 @@ class Forward {
     SeenKeys seen;
   };
 
-  Scratch take(Arena<A>& arena) const {
+  Scratch take(ByteArena& arena) const {
     const int64_t pitch = weights_.pitch();
     Scratch scratch;
-    scratch.rows = arena.take(block_keys_ * std::max(pitch, panels_v_ * kLanes));
-    scratch.direct = arena.take(keys_size_);
-    scratch.plain = arena.take(kTileRows * pitch);
-    scratch.powers = arena.take(kTileRows * pitch);
-    scratch.scores = arena.take(problem_.seen_blocks(kTileRows) * kBlockScores);
-    scratch.out = arena.take(kTileRows * panels_v_ * kLanes);
-    scratch.row_max = arena.take(kTileRows);
-    scratch.row_sum = arena.take(kTileRows);
+    arena.take(scratch.rows, block_keys_ * std::max(pitch, panels_v_ * kLanes));
+    arena.take(scratch.direct, keys_size_);
+    arena.take(scratch.plain, kTileRows * pitch);
+    arena.take(scratch.powers, kTileRows * pitch);
+    arena.take(scratch.scores, problem_.seen_blocks(kTileRows) * kBlockScores);
+    arena.take(scratch.out, kTileRows * panels_v_ * kLanes);
+    arena.take(scratch.row_max, kTileRows);
+    arena.take(scratch.row_sum, kTileRows);
     return scratch;
   }
-  Scratch scratch_in(A* memory) const {
-    Arena<A> arena(memory);
+  Scratch scratch_in(std::byte* memory) const {
+    ByteArena arena(memory);
     return take(arena);
   }
 
@@ -238,7 +238,7 @@ class Forward {
   const Buffer<A> keys_;    // per (batch, head_k, block): panels of [pitch][W] of exp(2 k)
   const Buffer<A> values_;  // per (batch, head_k, block): [panels_v] panels of [block_keys][W]
   const Buffer<bool> bounded_;
-  int64_t scratch_size_;
+  int64_t scratch_bytes_;
 };
 
 }  // namespace
@@ -251,10 +251,10 @@ void additive_attention_forward(const AdditiveForward<T>& args) {
   args.out.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim_v);
   const Forward<T> forward(args);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.problem.num_threads, 1), tasks));
-  const Buffer<Accumulate<T>> memory = allocate<Accumulate<T>>(threads * forward.scratch_size());
+  const Buffer<std::byte> memory = allocate<std::byte>(threads * forward.scratch_bytes());
 #pragma omp parallel num_threads(threads)
   {
-    Accumulate<T>* const scratch = memory.get() + omp_get_thread_num() * forward.scratch_size();
+    std::byte* const scratch = memory.get() + omp_get_thread_num() * forward.scratch_bytes();
 #pragma omp for schedule(static)
     for (int64_t index = 0; index < forward.all_blocks(); ++index) forward.pack(index, scratch);
 #pragma omp for schedule(dynamic)

@@ -29,8 +29,6 @@ constexpr int64_t kHalfRows = kVectorRegisters == 32 ? 8 : 4;
 constexpr int64_t kStripRows = 2 * kHalfRows;
 static_assert(kStripRows % (kVectorBytes / 4) == 0);
 
-constexpr double kLog2e = 1.44269504088896340735992468100189214;
-
 enum class Normalizer : int { kSoftmax, kRelu, kSigmoid };  // backends/cpu.py has the same numbers
 
 struct AttentionSizes {

@@ -42,18 +42,18 @@ class Run {
     const bool parallel = plan_.rows() * args_.classes * args_.features >= kSerialProducts;
     const int threads = parallel ? std::max(args_.num_threads, 1) : 1;
     const int64_t chunks = plan_.slices == 1 ? threads : plan_.groups;
-    const int64_t chunk_size = ChunkMemory<T>(nullptr, plan_).size, scratch_size = Scratch<T>(nullptr, plan_).size;
-    const int64_t count = chunks * chunk_size + threads * scratch_size + partial_size();
-    const Buffer<T> memory = allocate<T>(count);
-    advise_huge_pages(memory.get(), count * static_cast<int64_t>(sizeof(T)));
-    for (int64_t i = 0; i < chunks; ++i) memories_.emplace_back(memory.get() + i * chunk_size, plan_);
-    T* const scratches = memory.get() + chunks * chunk_size;
-    make_partials(scratches + threads * scratch_size);
+    const int64_t chunk_bytes = ChunkMemory<T>(nullptr, plan_).bytes, scratch_bytes = Scratch<T>(nullptr, plan_).bytes;
+    const int64_t bytes = chunks * chunk_bytes + threads * scratch_bytes + partial_bytes();
+    const Buffer<std::byte> memory = allocate<std::byte>(bytes);
+    advise_huge_pages(memory.get(), bytes);
+    for (int64_t i = 0; i < chunks; ++i) memories_.emplace_back(memory.get() + i * chunk_bytes, plan_);
+    std::byte* const scratches = memory.get() + chunks * chunk_bytes;
+    make_partials(reinterpret_cast<T*>(scratches + threads * scratch_bytes));
     if (plan_.gradients) clear_gradients();
 
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      const Scratch<T> scratch(scratches + omp_get_thread_num() * scratch_size, plan_);
+      const Scratch<T> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
       if (plan_.slices == 1) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -118,8 +118,9 @@ class Run {
     return {plan_.chunk(step, group), step == 0, memories_[group], partials_[group]};
   }
 
-  int64_t partial_size() const {
-    return plan_.gradients ? std::max<int64_t>(plan_.groups - 1, 0) * args_.classes * (args_.features + 1) : 0;
+  int64_t partial_bytes() const {
+    const int64_t count = std::max<int64_t>(plan_.groups - 1, 0) * args_.classes * (args_.features + 1);
+    return plan_.gradients ? count * static_cast<int64_t>(sizeof(T)) : 0;
   }
 
   void make_partials(T* base) {

@@ -115,21 +115,21 @@ struct ChunkMemory {
   T* target_logits;  // [kChunkRows], NaN where a target is no class
   T* dlosses;        // [kChunkRows], 0 beyond the last row
   T* dhidden;        // [slices][kChunkRows][pitch]
-  int64_t size;
+  int64_t bytes;
 
-  ChunkMemory(T* base, const Plan& plan) {
+  ChunkMemory(std::byte* base, const Plan& plan) {
     const int64_t statistics = plan.blocks * kChunkRows;
-    Arena<T> arena(base);
-    columns = arena.take(kChunkRows * plan.features);
-    panels = arena.take(plan.gradients ? kChunkRows * plan.pitch : 0);
-    logits = arena.take(plan.gradients ? statistics * kBlockClasses : 0);
-    maxima = arena.take(statistics);
-    sums = arena.take(statistics);
-    logit_sums = arena.take(statistics);
-    target_logits = arena.take(kChunkRows);
-    dlosses = arena.take(kChunkRows);
-    dhidden = arena.take(plan.gradients ? plan.slices * kChunkRows * plan.pitch : 0);
-    size = arena.taken();
+    ByteArena arena(base);
+    arena.take(columns, kChunkRows * plan.features);
+    arena.take(panels, plan.gradients ? kChunkRows * plan.pitch : 0);
+    arena.take(logits, plan.gradients ? statistics * kBlockClasses : 0);
+    arena.take(maxima, statistics);
+    arena.take(sums, statistics);
+    arena.take(logit_sums, statistics);
+    arena.take(target_logits, kChunkRows);
+    arena.take(dlosses, kChunkRows);
+    arena.take(dhidden, plan.gradients ? plan.slices * kChunkRows * plan.pitch : 0);
+    bytes = arena.taken();
   }
 };
 
@@ -156,15 +156,15 @@ struct Scratch {
   T* strip;    // [kTileRows][kPitch] of weight
   T* weights;  // [kDepth / W] panels of [kBlockClasses][W]
   T* logits;   // [kBlockClasses][kChunkRows], where a group keeps none
-  int64_t size;
+  int64_t bytes;
 
-  Scratch(T* base, const Plan& plan) {
-    Arena<T> arena(base);
-    rows = arena.take(Vec<T>::kSize * plan.pitch);
-    strip = arena.take(kTileRows * kPitch);
-    weights = arena.take(plan.gradients ? kDepth * kBlockClasses : 0);
-    logits = arena.take(plan.gradients ? 0 : kBlockClasses * kChunkRows);
-    size = arena.taken();
+  Scratch(std::byte* base, const Plan& plan) {
+    ByteArena arena(base);
+    arena.take(rows, Vec<T>::kSize * plan.pitch);
+    arena.take(strip, kTileRows * kPitch);
+    arena.take(weights, plan.gradients ? kDepth * kBlockClasses : 0);
+    arena.take(logits, plan.gradients ? 0 : kBlockClasses * kChunkRows);
+    bytes = arena.taken();
   }
 };
 

@@ -91,7 +91,7 @@ class LinearCrossEntropyTasks {
       largest = max(V::load(memory.maxima + at), largest);
     }
     for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
-      const V factor = exp2((V::load(memory.maxima + at) - largest) * V::broadcast(kLog2e));
+      const V factor = exp2((V::load(memory.maxima + at) - largest) * V::broadcast(static_cast<T>(kLog2e)));
       sum = mul_add(V::load(memory.sums + at), factor, sum);
       factor.store(memory.maxima + at);
       if (smoothing_ != 0) logit_sum = logit_sum + V::load(memory.logit_sums + at);
@@ -170,7 +170,6 @@ class LinearCrossEntropyTasks {
 
  private:
   using V = Vec<T>;
-  static constexpr T kLog2e = static_cast<T>(1.44269504088896340735992468100189214L);
 
   void pack_lanes(const ChunkMemory<T>& memory, int64_t begin, const T* from, int64_t stride, int64_t rows) const {
     pack_transposed(memory.columns + begin * args_.features, from, stride, rows, args_.features);
@@ -198,7 +197,7 @@ class LinearCrossEntropyTasks {
       sum.store(memory.logit_sums + at);
     }
     V sum = V::zero();
-    const V scale = V::broadcast(kLog2e);
+    const V scale = V::broadcast(static_cast<T>(kLog2e));
     for (int64_t i = 0; i < classes; ++i) {
       const V p = exp2((V::load(logits + i * kChunkRows) - largest) * scale);
       p.store(logits + i * kChunkRows);

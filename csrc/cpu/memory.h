@@ -29,23 +29,6 @@ Buffer<T> allocate(int64_t count) {
 }
 
 // Hands out the parts of one allocation, each aligned to a cache line. Without memory (null) it only counts.
-template <typename T>
-class Arena {
- public:
-  explicit Arena(T* base) : base_(base) {}
-  T* take(int64_t count) {
-    T* part = base_ == nullptr ? nullptr : base_ + taken_;
-    taken_ += round_up(count, 64 / static_cast<int64_t>(sizeof(T)));
-    return part;
-  }
-  int64_t taken() const { return taken_; }
-
- private:
-  T* base_;
-  int64_t taken_ = 0;
-};
-
-// The same for parts of several types.
 class ByteArena {
  public:
   explicit ByteArena(std::byte* base) : base_(base) {}

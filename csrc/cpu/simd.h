@@ -36,6 +36,8 @@ constexpr int64_t kVectorRegisters = 16;
 #endif
 #endif
 
+constexpr double kLog2e = 1.44269504088896340735992468100189214;
+
 // The bits of numbers, one to a 32-bit lane, and of as many two-byte numbers.
 typedef int32_t WordLanes __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfLanes __attribute__((vector_size(kVectorBytes / 2)));
