@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../common/attention_tiles.h"
+#include "exponentials.h"
 #include "gemm.h"
 #include "huge_pages.h"
 #include "memory.h"

@@ -127,7 +127,7 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
     // A row that has seen no key yet keeps -inf, but subtracts 0: -inf - -inf would be NaN.
     const Vec<T> now = Vec<T>::load(largest + row);
     const Vec<T> offset = zero_below(now, std::numeric_limits<T>::lowest(), now);
-    exp2((Vec<T>::load(row_max + row) - offset) * scale).store(rescale + row);
+    exp2(Vec<T>::load(row_max + row) - offset, scale).store(rescale + row);
     offset.store(offsets + row);
     now.store(row_max + row);
   }
@@ -136,8 +136,8 @@ __attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor
     const Vec<T> offset0 = Vec<T>::broadcast(offsets[row]), offset1 = Vec<T>::broadcast(offsets[row + 1]);
     Vec<T> sum0 = Vec<T>::zero(), sum1 = Vec<T>::zero();
     for (int64_t column = 0; column < columns; column += kLanes) {
-      const Vec<T> p0 = exp2((Vec<T>::load(score + column) - offset0) * scale);
-      const Vec<T> p1 = exp2((Vec<T>::load(score + kForwardPitch + column) - offset1) * scale);
+      const Vec<T> p0 = exp2(Vec<T>::load(score + column) - offset0, scale);
+      const Vec<T> p1 = exp2(Vec<T>::load(score + kForwardPitch + column) - offset1, scale);
       p0.store(score + column);
       p1.store(score + kForwardPitch + column);
       sum0 = sum0 + p0;

@@ -46,16 +46,32 @@ namespace detail {
 
 typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
 
-inline FloatLanes widen(HalfLanes bits, BFloat16) {
-  return reinterpret_cast<FloatLanes>(__builtin_convertvector(bits, WordLanes) << 16);
+// __builtin_convertvector(bits, WordLanes) and back; GCC 12 makes seven instructions of the former where there is one.
+inline WordLanes words_of(HalfLanes bits) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<WordLanes>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<WordLanes>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
+#else
+  return __builtin_convertvector(bits, WordLanes);
+#endif
 }
+inline HalfLanes halves_of(WordLanes words) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<HalfLanes>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+#else
+  return __builtin_convertvector(words, HalfLanes);
+#endif
+}
+
+inline FloatLanes widen(HalfLanes bits, BFloat16) { return reinterpret_cast<FloatLanes>(words_of(bits) << 16); }
 
 // Rounds to nearest even, subnormal numbers too (which the processors' own instruction takes for 0).
 inline HalfLanes narrow(FloatLanes x, BFloat16) {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   const Words bits = reinterpret_cast<Words>(x), high = bits >> 16;
   const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
-  return __builtin_convertvector(x == x ? rounded : high | 0x40, HalfLanes);  // a NaN stays one
+  return halves_of(reinterpret_cast<WordLanes>(x == x ? rounded : high | 0x40));  // a NaN stays one
 }
 
 #if defined(__AVX512F__)
@@ -334,132 +350,39 @@ inline Vec<T> keep_lanes(int64_t first, int64_t last, Vec<T> x, Vec<T> otherwise
 
 namespace detail {
 
-template <typename T, int64_t kLanes>
-struct Reduce {
-  typedef T Lanes __attribute__((vector_size(kLanes * sizeof(T))));
-  typedef T Half __attribute__((vector_size(kLanes / 2 * sizeof(T))));
-
-  template <typename Combine>
-  static T run(Lanes x, Combine combine) {
-    Half low, high;
-    std::memcpy(&low, &x, sizeof(Half));
-    std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof(Half), sizeof(Half));
-    return Reduce<T, kLanes / 2>::run(combine(low, high), combine);
+// Combines lane i with lane i + kHalf, then the lower lanes alike. Shuffles, since lanes whose address is taken make GCC
+// keep them in memory, where every turn of a loop that sums them waits for its own store.
+template <int64_t kHalf, typename T, typename Combine, size_t... kLane>
+inline __attribute__((always_inline)) T reduce(Vec<T> x, Combine combine, std::index_sequence<kLane...> lanes) {
+  if constexpr (kHalf == 0) {
+    return x.lanes[0];
+  } else {
+    using Bits = typename Vec<T>::Bits;
+    const Vec<T> upper{__builtin_shuffle(x.lanes, Bits{static_cast<typename Vec<T>::Integer>(kLane ^ kHalf)...})};
+    return reduce<kHalf / 2>(Vec<T>{combine(x.lanes, upper.lanes)}, combine, lanes);
   }
-};
-
-template <typename T>
-struct Reduce<T, 2> {
-  typedef T Lanes __attribute__((vector_size(2 * sizeof(T))));
-
-  template <typename Combine>
-  static T run(Lanes x, Combine combine) {
-    return combine(x[0], x[1]);
-  }
-};
+}
 
 }  // namespace detail
 
 // The sum of all lanes, always by the same tree: lane i with lane i + half, and so on.
 template <typename T>
 inline T reduce_add(Vec<T> x) {
-  return detail::Reduce<T, Vec<T>::kSize>::run(x.lanes, [](auto a, auto b) { return a + b; });
+  constexpr int64_t kLanes = Vec<T>::kSize;
+  return detail::reduce<kLanes / 2>(x, [](auto a, auto b) { return a + b; }, std::make_index_sequence<kLanes>());
 }
 
 // The largest lane; NaN lanes are passed over unless they meet in the last position.
 template <typename T>
 inline T reduce_max(Vec<T> x) {
-  return detail::Reduce<T, Vec<T>::kSize>::run(x.lanes, [](auto a, auto b) { return a > b ? a : b; });
+  constexpr int64_t kLanes = Vec<T>::kSize;
+  return detail::reduce<kLanes / 2>(x, [](auto a, auto b) { return a > b ? a : b; }, std::make_index_sequence<kLanes>());
 }
 
 // y, but 0 in the lanes where x < lowest; lanes where x is NaN keep y.
 template <typename T>
 inline Vec<T> zero_below(Vec<T> x, T lowest, Vec<T> y) {
   return {x.lanes < Vec<T>::broadcast(lowest).lanes ? Vec<T>::zero().lanes : y.lanes};
-}
-
-namespace detail {
-
-// 2^r = 1 + r * (c[0] + r * (c[1] + ...)) on [-1/2, 1/2], minimax in the relative error (2.6e-9 and 1.8e-17), highest
-// first.
-template <typename T>
-struct Exp2;
-
-template <>
-struct Exp2<float> {
-  static constexpr float kCoefficients[] = {0x1.470b48e30bd6ep-13f,
-                                            0x1.5f7276bfe7010p-10f,
-                                            0x1.3b270e65d3126p-7f,
-                                            0x1.c6ae72e0065ddp-5f,
-                                            0x1.ebfbe2c53fd3dp-3f,
-                                            0x1.62e43117337b0p-1f,
-                                            1.0f};
-  static constexpr float kRound = 0x1.8p23f + 127;  // x + kRound leaves round(x) + 127 in the lowest bits
-  static constexpr int kExponentShift = 23;
-  static constexpr float kLowest = -126.0f;
-};
-
-template <>
-struct Exp2<double> {
-  static constexpr double kCoefficients[] = {0x1.c063841f3a21dp-32, 0x1.e605f964b639dp-28, 0x1.b54167a1b0034p-24,
-                                             0x1.62bfd49ededd3p-20, 0x1.ffcbee3b0a61cp-17, 0x1.43091309610fcp-13,
-                                             0x1.5d87fe7bbbe09p-10, 0x1.3b2ab6fba1e1cp-7,  0x1.c6b08d7048f31p-5,
-                                             0x1.ebfbdff82c598p-3,  0x1.62e42fefa39f3p-1,  1.0};
-  static constexpr double kRound = 0x1.8p52 + 1023;
-  static constexpr int kExponentShift = 52;
-  static constexpr double kLowest = -1022.0;
-};
-
-// 2^(n + fraction), where n is the integer that the lowest bits of shifted hold.
-template <typename T>
-inline Vec<T> exp2_scaled(Vec<T> fraction, Vec<T> shifted) {
-  using C = Exp2<T>;
-  Vec<T> y = Vec<T>::broadcast(C::kCoefficients[0]);
-#pragma GCC unroll 16
-  for (size_t i = 1; i < sizeof(C::kCoefficients) / sizeof(T); ++i) {
-    y = mul_add(y, fraction, Vec<T>::broadcast(C::kCoefficients[i]));
-  }
-  const auto scale = reinterpret_cast<typename Vec<T>::Bits>(shifted.lanes) << C::kExponentShift;
-  return y * Vec<T>{reinterpret_cast<typename Vec<T>::Lanes>(scale)};
-}
-
-}  // namespace detail
-
-// 2^x within about one ulp for x < 127.5 (double: 1023.5). Exactly 1 at 0; NaN stays NaN; exactly 0 wherever the true
-// value would be subnormal, -inf included: a subnormal factor makes each multiplication that meets it some hundred
-// cycles long.
-template <typename T>
-inline Vec<T> exp2(Vec<T> x) {
-  using C = detail::Exp2<T>;
-  const Vec<T> round = Vec<T>::broadcast(C::kRound);
-  const Vec<T> shifted = x + round;
-  return zero_below(x, C::kLowest, detail::exp2_scaled(x - (shifted - round), shifted));
-}
-
-// The natural logarithm within about one ulp, for positive normal x.
-template <typename T>
-inline Vec<T> log(Vec<T> x) {
-  using Bits = typename Vec<T>::Bits;
-  using Integer = typename Vec<T>::Integer;
-  constexpr int kShift = detail::Exp2<T>::kExponentShift;
-  constexpr Integer kHalfSqrt2 = static_cast<Integer>(sizeof(T) == 4 ? 0x3f3504f3 : 0x3fe6a09e667f3bcd);
-  constexpr int kTerms = sizeof(T) == 4 ? 4 : 10;
-  constexpr T kLn2High = static_cast<T>(sizeof(T) == 4 ? 0x1.62e4p-1 : 0x1.62e42feep-1);
-  constexpr T kLn2Low = static_cast<T>(0.693147180559945309417232121458176568L - static_cast<long double>(kLn2High));
-  // x = mantissa * 2^exponent with sqrt(1/2) <= mantissa < sqrt(2), and log(mantissa) = 2 atanh((mantissa - 1) /
-  // (mantissa + 1)).
-  const Bits bits = reinterpret_cast<Bits>(x.lanes);
-  const Bits exponent = (bits - kHalfSqrt2) >> kShift;
-  const Vec<T> mantissa{reinterpret_cast<typename Vec<T>::Lanes>(bits - (exponent << kShift))};
-  const Vec<T> n{__builtin_convertvector(exponent, typename Vec<T>::Lanes)};
-  const Vec<T> one = Vec<T>::broadcast(1), f = mantissa - one;
-  const Vec<T> t = f / (mantissa + one), t2 = t * t;
-  Vec<T> series = Vec<T>::broadcast(T(1) / (2 * kTerms + 1));
-#pragma GCC unroll 16
-  for (int i = kTerms - 1; i > 0; --i) series = mul_add(series, t2, Vec<T>::broadcast(T(1) / (2 * i + 1)));
-  // f - t * f is 2 t exactly but for rounding; taking f whole leaves the rounding to the small terms.
-  const Vec<T> rest = mul_add(t * t2, series + series, n * Vec<T>::broadcast(kLn2Low)) - t * f;
-  return mul_add(n, Vec<T>::broadcast(kLn2High), f + rest);
 }
 
 }  // namespace leedl
