@@ -66,17 +66,23 @@ def cases(settings: Settings) -> list[LinearCrossEntropyCase]:
         4096, 256, 100, bars={EAGER: 1.0}, peers=(EAGER, COMPILED, CHUNKED)
     )
     bert = LinearCrossEntropyCase(2048, 256, 30522, bars={EAGER: 1.0}, peers=(EAGER,), memory=True)
+    half = [
+        LinearCrossEntropyCase(
+            *sizes, dtype=torch.bfloat16, bars={EAGER: 1.0}, peers=(EAGER,), memory=memory
+        )
+        for sizes, memory in (((4096, 256, 100), False), ((1024, 256, 30522), True))
+    ]
     if settings.tier == "quick":
-        return [gpt, bert]
+        return [gpt, bert, *half]
     return [
         gpt,
         bert,
+        *half,
         LinearCrossEntropyCase(1024, 256, 30522, peers=(EAGER, COMPILED, CHUNKED)),
         LinearCrossEntropyCase(4096, 256, 100, backward=False),
         LinearCrossEntropyCase(2048, 256, 30522, backward=False),
         LinearCrossEntropyCase(1024, 768, 8192),
-        LinearCrossEntropyCase(4096, 256, 100, dtype=torch.bfloat16),
-        LinearCrossEntropyCase(1024, 256, 30522, dtype=torch.bfloat16, memory=True),
+        LinearCrossEntropyCase(4096, 256, 100, dtype=torch.float16),
     ]
 
 

@@ -4,7 +4,9 @@
 // Rows whose target is ignored are left out first. The others come in chunks of kChunkRows, classes in blocks of
 // kBlockClasses. The logits are made transposed, class by class with the rows of a chunk side by side: so sums over
 // classes are sums of whole vectors, and the logits' gradient is the left operand of both products that follow, of
-// dweight as it lies (a row for each class) and of dhidden read column by column; it is never packed.
+// dweight as it lies (a row for each class) and of dhidden read column by column; it is packed only to be rounded: where
+// the processor multiplies pairs of bfloat16 numbers and the tensors hold such numbers, all operands are pairs, and the
+// logits' gradient is what plain PyTorch has too, bfloat16.
 //
 // A task is one slice of the classes for one group of chunks. Per chunk it makes its logits, replaces them by
 // exp(logit - maximum of the block) and keeps the sums; when all slices have, lse is known, and a factor per row and
@@ -30,7 +32,7 @@ namespace {
 
 constexpr int64_t kSerialProducts = 200000;  // smaller problems are done before a second thread has woken up
 
-template <typename X>
+template <typename X, typename E>
 class Run {
  public:
   using T = Accumulate<X>;
@@ -42,18 +44,22 @@ class Run {
     const bool parallel = plan_.rows() * args_.classes * args_.features >= kSerialProducts;
     const int threads = parallel ? std::max(args_.num_threads, 1) : 1;
     const int64_t chunks = plan_.slices == 1 ? threads : plan_.groups;
-    const int64_t chunk_bytes = ChunkMemory<T>(nullptr, plan_).bytes, scratch_bytes = Scratch<T>(nullptr, plan_).bytes;
+    const int64_t chunk_bytes = ChunkMemory<E>(nullptr, plan_).bytes, scratch_bytes = Scratch<X, E>(nullptr, plan_).bytes;
     const int64_t bytes = chunks * chunk_bytes + threads * scratch_bytes + partial_bytes();
     const Buffer<std::byte> memory = allocate<std::byte>(bytes);
     advise_huge_pages(memory.get(), bytes);
     for (int64_t i = 0; i < chunks; ++i) memories_.emplace_back(memory.get() + i * chunk_bytes, plan_);
     std::byte* const scratches = memory.get() + chunks * chunk_bytes;
     make_partials(reinterpret_cast<T*>(scratches + threads * scratch_bytes));
-    if (plan_.gradients) clear_gradients();
+    if (plan_.gradients) {
+      advise_huge_pages(args_.dhidden, args_.rows * args_.features * static_cast<int64_t>(sizeof(T)));
+      advise_huge_pages(args_.dweight, args_.classes * args_.features * static_cast<int64_t>(sizeof(T)));
+      clear_gradients();
+    }
 
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      const Scratch<T> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
+      const Scratch<X, E> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
       if (plan_.slices == 1) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -77,44 +83,43 @@ class Run {
   static constexpr int64_t kLaneGroups = kChunkRows / kLanes;  // of the rows of a chunk
 
   // A chunk whose classes are one slice.
-  void run_alone(const Work<T>& work, const Scratch<T>& scratch) {
+  void run_alone(const Work<E>& work, const Scratch<X, E>& scratch) {
     const int64_t rows = work.chunk.rows;
     for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.pack_hidden(work, lane, scratch);
     tasks_.make_logits(work, 0, scratch);
     for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.make_losses(work, lane);
     if (!plan_.gradients) return;
     tasks_.make_gradients(work, 0, scratch);
-    for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.add_slices(work, lane);
   }
 
   // A chunk of each group, by all threads.
-  void run_together(int64_t step, const Scratch<T>& scratch) {
+  void run_together(int64_t step, const Scratch<X, E>& scratch) {
     const auto for_lanes = [&](int64_t i, const auto& body) {
-      const Work<T> work = this->work(step, i / kLaneGroups);
+      const Work<E> work = this->work(step, i / kLaneGroups);
       const int64_t lane = i % kLaneGroups * kLanes;
       if (lane < work.chunk.rows) body(work, lane);
     };
     const int64_t packs = plan_.groups * kLaneGroups, tasks = plan_.groups * plan_.slices;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.pack_hidden(work, lane, scratch); });
+      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.pack_hidden(work, lane, scratch); });
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) tasks_.make_logits(work(step, i / plan_.slices), i % plan_.slices, scratch);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.make_losses(work, lane); });
+      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.make_losses(work, lane); });
     }
     if (!plan_.gradients) return;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) tasks_.make_gradients(work(step, i / plan_.slices), i % plan_.slices, scratch);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<T>& work, int64_t lane) { tasks_.add_slices(work, lane); });
+      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.add_slices(work, lane); });
     }
   }
 
-  Work<T> work(int64_t step, int64_t group) const {
+  Work<E> work(int64_t step, int64_t group) const {
     return {plan_.chunk(step, group), step == 0, memories_[group], partials_[group]};
   }
 
@@ -176,8 +181,8 @@ class Run {
   const LinearCrossEntropy<X>& args_;
   const Plan plan_;
   std::vector<T> losses_;  // of the kept rows
-  LinearCrossEntropyTasks<X> tasks_;
-  std::vector<ChunkMemory<T>> memories_;
+  LinearCrossEntropyTasks<X, E> tasks_;
+  std::vector<ChunkMemory<E>> memories_;
   std::vector<Partial<T>> partials_;
 };
 
@@ -197,7 +202,12 @@ void linear_cross_entropy(const Tensor& loss, const Tensor& dhidden, const Tenso
         hidden.data<const X>(), weight.data<const X>(), bias.data<const X>(), targets.data<const int64_t>(),
         hidden.size(0), hidden.size(1), weight.size(0), hidden.stride(0), weight.stride(0), ignore_index, per_row,
         mean, label_smoothing, num_threads};
-    Run<X>(args).run();
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<X, BFloat16>) {
+      if (can_multiply_pairs()) return Run<X, BFloat16Pair>(args).run();
+    }
+#endif
+    Run<X, T>(args).run();
   });
 }
 

@@ -17,7 +17,7 @@ constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 96;
 constexpr int64_t kDepth = 256;
 constexpr int64_t kPitch = kDepth + 16;  // of packed weights: an odd number of cache lines, to spread over the sets
 constexpr int64_t kTasks = 24;           // many divisors: few numbers of threads leave one idle
-static_assert(kChunkRows % kTileRows == 0 && kBlockClasses % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0);
+static_assert(kChunkRows % kTileRows == 0 && kBlockClasses % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0 && kChunkRows % 2 == 0);
 
 // X is the dtype of hidden, weight and bias. Everything is computed in T, and so are the gradients kept.
 template <typename X>
@@ -103,32 +103,33 @@ struct Plan {
   }
 };
 
-// The memory of a chunk: of one group, or of one thread where a group is one task.
-template <typename T>
+// The memory of a chunk: of one group, or of one thread where a group is one task. E is what operands hold, T what is
+// summed; see Operand.
+template <typename E, typename T = typename Operand<E>::Sum>
 struct ChunkMemory {
-  T* columns;        // hidden^T: [kChunkRows / W] panels of [features][W]
-  T* panels;         // hidden: [pitch / W] panels of [kChunkRows][W]
+  E* columns;        // hidden^T: [kChunkRows / W] panels of [depth(features)][W]
+  E* panels;         // hidden: [pitch / W] panels of [depth(kChunkRows)][W]
   T* logits;         // [blocks][kBlockClasses][kChunkRows], then exp(logit - maximum), then the gradient
   T* maxima;         // [blocks][kChunkRows] largest logits, then what makes probabilities of the block
   T* sums;           // [blocks][kChunkRows] sums of exp(logit - maximum)
   T* logit_sums;     // [blocks][kChunkRows], with label smoothing alone
   T* target_logits;  // [kChunkRows], NaN where a target is no class
   T* dlosses;        // [kChunkRows], 0 beyond the last row
-  T* dhidden;        // [slices][kChunkRows][pitch]
+  T* dhidden;        // [slices][kChunkRows][pitch], where there are several slices to add up
   int64_t bytes;
 
   ChunkMemory(std::byte* base, const Plan& plan) {
     const int64_t statistics = plan.blocks * kChunkRows;
     ByteArena arena(base);
-    arena.take(columns, kChunkRows * plan.features);
-    arena.take(panels, plan.gradients ? kChunkRows * plan.pitch : 0);
+    arena.take(columns, kChunkRows * depth_of<E>(plan.features));
+    arena.take(panels, plan.gradients ? depth_of<E>(kChunkRows) * plan.pitch : 0);
     arena.take(logits, plan.gradients ? statistics * kBlockClasses : 0);
     arena.take(maxima, statistics);
     arena.take(sums, statistics);
     arena.take(logit_sums, statistics);
     arena.take(target_logits, kChunkRows);
     arena.take(dlosses, kChunkRows);
-    arena.take(dhidden, plan.gradients ? plan.slices * kChunkRows * plan.pitch : 0);
+    arena.take(dhidden, plan.gradients && plan.slices > 1 ? plan.slices * kChunkRows * plan.pitch : 0);
     bytes = arena.taken();
   }
 };
@@ -141,28 +142,37 @@ struct Partial {
 };
 
 // One chunk of one group.
-template <typename T>
+template <typename E, typename T = typename Operand<E>::Sum>
 struct Work {
   Chunk chunk;
   bool first;  // of the group's chunks
-  const ChunkMemory<T>& memory;
+  const ChunkMemory<E>& memory;
   const Partial<T>& partial;
 };
 
+// The numbers that operands of type E are packed from, for tensors of X.
+template <typename X, typename E>
+using PackedFrom = std::conditional_t<std::is_same_v<E, BFloat16Pair>, X, E>;
+
 // The memory of one thread.
-template <typename T>
+template <typename X, typename E, typename T = typename Operand<E>::Sum>
 struct Scratch {
-  T* rows;     // [W][pitch] of hidden
-  T* strip;    // [kTileRows][kPitch] of weight
-  T* weights;  // [kDepth / W] panels of [kBlockClasses][W]
-  T* logits;   // [kBlockClasses][kChunkRows], where a group keeps none
+  PackedFrom<X, E>* rows;  // [W][pitch] of hidden
+  E* strip;                // [kTileRows][kPitch] of weight
+  E* weights;              // [kDepth / W] panels of [depth(kBlockClasses)][W]
+  E* dlogits;              // [kBlockClasses][depth(kChunkRows)], where E is not T
+  E* dlogits_t;            // [depth(kBlockClasses)][kChunkRows], where E is not T
+  T* logits;               // [kBlockClasses][kChunkRows], where a group keeps none
   int64_t bytes;
 
   Scratch(std::byte* base, const Plan& plan) {
     ByteArena arena(base);
     arena.take(rows, Vec<T>::kSize * plan.pitch);
     arena.take(strip, kTileRows * kPitch);
-    arena.take(weights, plan.gradients ? kDepth * kBlockClasses : 0);
+    arena.take(weights, plan.gradients ? kDepth * depth_of<E>(kBlockClasses) : 0);
+    const bool rounds = plan.gradients && !std::is_same_v<E, T>;
+    arena.take(dlogits, rounds ? kBlockClasses * depth_of<E>(kChunkRows) : 0);
+    arena.take(dlogits_t, rounds ? depth_of<E>(kBlockClasses) * kChunkRows : 0);
     arena.take(logits, plan.gradients ? 0 : kBlockClasses * kChunkRows);
     bytes = arena.taken();
   }

@@ -7,13 +7,15 @@
 #include <cstdint>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
+#include "exponentials.h"
 #include "linear_cross_entropy.h"
-#include "simd.h"
 
 namespace leedl {
 
-template <typename X>
+// E is what the operands of the products hold: T, or pairs of numbers of X.
+template <typename X, typename E>
 class LinearCrossEntropyTasks {
  public:
   using T = Accumulate<X>;
@@ -24,8 +26,8 @@ class LinearCrossEntropyTasks {
       : args_(args), plan_(plan), smoothing_(static_cast<T>(args.label_smoothing)), losses_(losses) {}
 
   // A lane group of rows of the hidden states, in both packings, and the gradient of each row's loss.
-  void pack_hidden(const Work<T>& work, int64_t begin, const Scratch<T>& scratch) {
-    const ChunkMemory<T>& memory = work.memory;
+  void pack_hidden(const Work<E>& work, int64_t begin, const Scratch<X, E>& scratch) {
+    const ChunkMemory<E>& memory = work.memory;
     const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
     std::fill_n(memory.dlosses + begin, kLanes, T(0));
     std::fill_n(memory.target_logits + begin, kLanes, std::numeric_limits<T>::quiet_NaN());
@@ -34,7 +36,7 @@ class LinearCrossEntropyTasks {
     for (int64_t i = 0; i < rows; ++i) {
       memory.dlosses[begin + i] = args_.dloss != nullptr ? load_number(args_.dloss + kept[i]) : scale;
     }
-    if constexpr (std::is_same_v<X, T>) {
+    if constexpr (std::is_same_v<X, Rows>) {
       if (kept[rows - 1] == kept[0] + rows - 1) {
         pack_lanes(memory, begin, args_.hidden + kept[0] * args_.hidden_stride, args_.hidden_stride, rows);
         return;
@@ -42,14 +44,19 @@ class LinearCrossEntropyTasks {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const X* const row = args_.hidden + kept[i] * args_.hidden_stride;
-      pack_panels(scratch.rows + i * plan_.pitch, kLanes, row, 0, 1, args_.features);
+      Rows* const to = scratch.rows + i * plan_.pitch;
+      if constexpr (std::is_same_v<X, Rows>) {
+        std::copy_n(row, args_.features, to);
+      } else {
+        pack_panels(to, kLanes, row, 0, 1, args_.features);
+      }
     }
     pack_lanes(memory, begin, scratch.rows, plan_.pitch, rows);
   }
 
   // The logits of a slice, replaced by exp(logit - maximum of the block), and the statistics of each block.
-  void make_logits(const Work<T>& work, int64_t slice, const Scratch<T>& scratch) {
-    const ChunkMemory<T>& memory = work.memory;
+  void make_logits(const Work<E>& work, int64_t slice, const Scratch<X, E>& scratch) {
+    const ChunkMemory<E>& memory = work.memory;
     const Chunk& chunk = work.chunk;
     if (chunk.rows == 0) return;
     const int64_t lane_groups = divide_up(chunk.rows, kLanes);
@@ -59,13 +66,13 @@ class LinearCrossEntropyTasks {
         const int64_t depth = std::min(kDepth, args_.features - k);
         for (int64_t strip = 0; strip < classes; strip += kTileRows) {
           const int64_t first = first_class + strip, valid = std::min(kTileRows, classes - strip);
-          pack_rows<kTileRows, kPitch>(scratch.strip, args_.weight + first * args_.weight_stride + k,
-                                       args_.weight_stride, valid, depth, T(1));
+          pack_weights(scratch.strip, args_.weight + first * args_.weight_stride + k, valid, depth);
           T bias[kTileRows] = {};
           for (int64_t i = 0; i < valid && args_.bias != nullptr; ++i) bias[i] = load_number(args_.bias + first + i);
           with_tile_height(valid, [&](auto height) {
             tile_rows<height(), TileLayout<kPitch, 1>>(
-                depth, scratch.strip, memory.columns + k * kLanes, args_.features * kLanes, lane_groups,
+                depth_of<E>(depth), scratch.strip, memory.columns + depth_of<E>(k) * kLanes,
+                depth_of<E>(args_.features) * kLanes, lane_groups,
                 [&](int64_t row, int64_t lanes, V value) {
                   T* const to = logits + (strip + row) * kChunkRows + lanes * kLanes;
                   (value + (k == 0 ? V::broadcast(bias[row]) : V::load(to))).store(to);
@@ -83,15 +90,15 @@ class LinearCrossEntropyTasks {
   }
 
   // The losses of a lane group of rows; the maxima become what makes probabilities times dloss of each block.
-  void make_losses(const Work<T>& work, int64_t begin) {
-    const ChunkMemory<T>& memory = work.memory;
+  void make_losses(const Work<E>& work, int64_t begin) {
+    const ChunkMemory<E>& memory = work.memory;
     const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
     V largest = V::broadcast(std::numeric_limits<T>::lowest()), sum = V::zero(), logit_sum = V::zero();
     for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
       largest = max(V::load(memory.maxima + at), largest);
     }
     for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
-      const V factor = exp2((V::load(memory.maxima + at) - largest) * V::broadcast(static_cast<T>(kLog2e)));
+      const V factor = exp2(V::load(memory.maxima + at) - largest, V::broadcast(static_cast<T>(kLog2e)));
       sum = mul_add(V::load(memory.sums + at), factor, sum);
       factor.store(memory.maxima + at);
       if (smoothing_ != 0) logit_sum = logit_sum + V::load(memory.logit_sums + at);
@@ -115,11 +122,11 @@ class LinearCrossEntropyTasks {
   }
 
   // The gradient of a slice's logits, and what it adds to dweight, dbias and the slice's dhidden.
-  void make_gradients(const Work<T>& work, int64_t slice, const Scratch<T>& scratch) {
-    const ChunkMemory<T>& memory = work.memory;
+  void make_gradients(const Work<E>& work, int64_t slice, const Scratch<X, E>& scratch) {
+    const ChunkMemory<E>& memory = work.memory;
     const Chunk& chunk = work.chunk;
     if (chunk.rows == 0) return;
-    T* const dhidden = memory.dhidden + slice * kChunkRows * plan_.pitch;
+    T* const dhidden = plan_.slices > 1 ? memory.dhidden + slice * kChunkRows * plan_.pitch : nullptr;
     bool first_block = true;
     plan_.for_each_block(slice, [&](int64_t first_class, int64_t classes, int64_t block) {
       T* const dlogits = memory.logits + first_class * kChunkRows;
@@ -142,19 +149,24 @@ class LinearCrossEntropyTasks {
           *to = work.first ? sum : *to + sum;
         }
       }
+      const auto [rows, rows_t] = operands(dlogits, classes, chunk.rows, scratch);
       for (int64_t column = 0; column < args_.features; column += kDepth) {
         const int64_t columns = std::min(kDepth, args_.features - column);
-        add_to_dweight(work, dlogits, first_class, classes, column, columns);
-        pack_panels(scratch.weights, kBlockClasses * kLanes,
+        add_to_dweight(work, rows, first_class, classes, column, columns);
+        pack_panels(scratch.weights, depth_of<E>(kBlockClasses) * kLanes,
                     args_.weight + first_class * args_.weight_stride + column, args_.weight_stride, classes, columns);
-        add_to_dhidden(dhidden + column, dlogits, scratch.weights, classes, chunk.rows, columns, first_block);
+        if (plan_.slices > 1) {
+          add_to_dhidden(dhidden + column, rows_t, scratch.weights, classes, chunk.rows, columns, first_block);
+        } else {
+          write_dhidden(chunk, rows_t, scratch.weights, classes, column, columns);
+        }
       }
       first_block = false;
     });
   }
 
-  // dhidden of a lane group of rows: the sum over the slices.
-  void add_slices(const Work<T>& work, int64_t begin) {
+  // dhidden of a lane group of rows: the sum over the slices, of which there are several.
+  void add_slices(const Work<E>& work, int64_t begin) {
     for (int64_t row = begin; row < std::min(work.chunk.rows, begin + kLanes); ++row) {
       const T* const from = work.memory.dhidden + row * plan_.pitch;
       T* const to = args_.dhidden + plan_.kept[work.chunk.first + row] * args_.features;
@@ -170,11 +182,47 @@ class LinearCrossEntropyTasks {
 
  private:
   using V = Vec<T>;
+  using Rows = PackedFrom<X, E>;
 
-  void pack_lanes(const ChunkMemory<T>& memory, int64_t begin, const T* from, int64_t stride, int64_t rows) const {
-    pack_transposed(memory.columns + begin * args_.features, from, stride, rows, args_.features);
+  void pack_lanes(const ChunkMemory<E>& memory, int64_t begin, const Rows* from, int64_t stride, int64_t rows) const {
+    pack_transposed(memory.columns + begin * depth_of<E>(args_.features), from, stride, rows, args_.features);
     if (plan_.gradients) {
-      pack_panels(memory.panels + begin * kLanes, kChunkRows * kLanes, from, stride, rows, args_.features);
+      pack_panels(memory.panels + depth_of<E>(begin) * kLanes, depth_of<E>(kChunkRows) * kLanes, from, stride, rows,
+                  args_.features);
+    }
+  }
+
+  // `rows` rows of weight as they lie, the others zeros.
+  void pack_weights(E* strip, const X* from, int64_t rows, int64_t depth) const {
+    if constexpr (std::is_same_v<E, T>) {
+      pack_rows<kTileRows, kPitch>(strip, from, args_.weight_stride, rows, depth, T(1));
+    } else {
+      for (int64_t row = 0; row < kTileRows; ++row, strip += kPitch, from += args_.weight_stride) {
+        X* const to = reinterpret_cast<X*>(strip);
+        const int64_t count = row < rows ? depth : 0;
+        std::copy_n(from, count, to);
+        std::fill(to + count, to + round_up(depth, Operand<E>::kDepth), X{});
+      }
+    }
+  }
+
+  // The gradient of a block's logits as the left operand of both products: of dweight, with rows of the chunk side by
+  // side, and of dhidden, with classes side by side.
+  std::pair<const E*, const E*> operands(const T* dlogits, int64_t classes, int64_t rows,
+                                         const Scratch<X, E>& scratch) const {
+    if constexpr (std::is_same_v<E, T>) {
+      return {dlogits, dlogits};
+    } else {
+      static constexpr T kZeros[kChunkRows] = {};
+      const int64_t columns = round_up(rows, kLanes);
+      for (int64_t i = 0; i < classes; ++i) {
+        pack_row(scratch.dlogits + i * depth_of<E>(kChunkRows), dlogits + i * kChunkRows, columns);
+      }
+      for (int64_t i = 0; i < classes; i += 2) {
+        const T* const second = i + 1 < classes ? dlogits + (i + 1) * kChunkRows : kZeros;
+        pack_columns(scratch.dlogits_t + i / 2 * kChunkRows, dlogits + i * kChunkRows, second, columns);
+      }
+      return {scratch.dlogits, scratch.dlogits_t};
     }
   }
 
@@ -187,7 +235,7 @@ class LinearCrossEntropyTasks {
     }
   }
 
-  void block_statistics(const ChunkMemory<T>& memory, T* logits, int64_t classes, int64_t at) const {
+  void block_statistics(const ChunkMemory<E>& memory, T* logits, int64_t classes, int64_t at) const {
     // Not from -inf: where all logits are -inf they would be subtracted from themselves.
     V largest = V::broadcast(std::numeric_limits<T>::lowest());
     for (int64_t i = 0; i < classes; ++i) largest = max(V::load(logits + i * kChunkRows), largest);
@@ -199,7 +247,7 @@ class LinearCrossEntropyTasks {
     V sum = V::zero();
     const V scale = V::broadcast(static_cast<T>(kLog2e));
     for (int64_t i = 0; i < classes; ++i) {
-      const V p = exp2((V::load(logits + i * kChunkRows) - largest) * scale);
+      const V p = exp2(V::load(logits + i * kChunkRows) - largest, scale);
       p.store(logits + i * kChunkRows);
       sum = sum + p;
     }
@@ -215,15 +263,16 @@ class LinearCrossEntropyTasks {
     return reduce_add(sum);
   }
 
-  void add_to_dweight(const Work<T>& work, const T* dlogits, int64_t first_class, int64_t classes, int64_t column,
+  void add_to_dweight(const Work<E>& work, const E* dlogits, int64_t first_class, int64_t classes, int64_t column,
                       int64_t columns) const {
+    constexpr int64_t kRowsDepth = depth_of<E>(kChunkRows);
     for (int64_t strip = 0; strip < classes; strip += kTileRows) {
       const int64_t valid = std::min(kTileRows, classes - strip);
       T* const out = work.partial.dweight + (first_class + strip) * args_.features + column;
       with_tile_height(valid, [&](auto height) {
-        tile_rows<height(), TileLayout<kChunkRows, 1>>(
-            work.chunk.rows, dlogits + strip * kChunkRows, work.memory.panels + column * kChunkRows, kChunkRows * kLanes,
-            divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
+        tile_rows<height(), TileLayout<kRowsDepth, 1>>(
+            depth_of<E>(work.chunk.rows), dlogits + strip * kRowsDepth, work.memory.panels + column * kRowsDepth,
+            kRowsDepth * kLanes, divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
               if (row >= valid) return;
               T* const to = out + row * args_.features + panel * kLanes;
               const int64_t width = columns - panel * kLanes;
@@ -237,16 +286,35 @@ class LinearCrossEntropyTasks {
     }
   }
 
-  void add_to_dhidden(T* dhidden, const T* dlogits, const T* weights, int64_t classes, int64_t rows, int64_t columns,
+  void add_to_dhidden(T* dhidden, const E* dlogits, const E* weights, int64_t classes, int64_t rows, int64_t columns,
                       bool first) const {
     for (int64_t strip = 0; strip < rows; strip += kTileRows) {
       T* const out = dhidden + strip * plan_.pitch;
       with_tile_height(rows - strip, [&](auto height) {
         tile_rows<height(), TileLayout<1, kChunkRows>>(
-            classes, dlogits + strip, weights, kBlockClasses * kLanes, divide_up(columns, kLanes),
+            depth_of<E>(classes), dlogits + strip, weights, depth_of<E>(kBlockClasses) * kLanes,
+            divide_up(columns, kLanes),
             [&](int64_t row, int64_t panel, V value) {
               T* const to = out + row * plan_.pitch + panel * kLanes;
               (first ? value : V::load(to) + value).store(to);
+            });
+      });
+    }
+  }
+
+  // The same where one block holds all classes: dhidden is written at once.
+  void write_dhidden(const Chunk& chunk, const E* dlogits, const E* weights, int64_t classes, int64_t column,
+                     int64_t columns) const {
+    const int64_t* const kept = plan_.kept.data() + chunk.first;
+    for (int64_t strip = 0; strip < chunk.rows; strip += kTileRows) {
+      with_tile_height(chunk.rows - strip, [&](auto height) {
+        tile_rows<height(), TileLayout<1, kChunkRows>>(
+            depth_of<E>(classes), dlogits + strip, weights, depth_of<E>(kBlockClasses) * kLanes,
+            divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
+              if (strip + row >= chunk.rows) return;
+              T* const to = args_.dhidden + kept[strip + row] * args_.features + column + panel * kLanes;
+              const int64_t width = columns - panel * kLanes;
+              width >= kLanes ? value.store(to) : value.store_first(to, width);
             });
       });
     }
