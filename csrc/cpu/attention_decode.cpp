@@ -3,8 +3,12 @@
 //
 // A task owns one split of the keys of one key head: it reads the split's keys and values once and leaves a maximum, a
 // sum and an output per row. Splits are combined in their order ("split-KV", Dao et al. 2023, Flash-Decoding). Where
-// they lie depends on nothing but the position of a key. Scores are the very numbers of attention_forward.cpp, so that
-// the backward pass makes the same probabilities of them.
+// they lie depends on nothing but the position of a key.
+//
+// Memory is the limit: a core reads 6 bytes in a cycle, so that a key and its value, 64 bfloat16 numbers each, take 40
+// cycles. It reads the keys of a split as kStreams streams side by side, which processors foresee better than one. Keys
+// of few rows are multiplied as they lie, a vector of a key by a vector of the query, and sums are added up across lanes
+// for a vector of keys at once; more rows than kDirectRows share the transposed keys.
 #include "attention_output.h"
 
 namespace leedl {
@@ -12,6 +16,8 @@ namespace {
 
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackedKeys = 32;  // of one packing: they stay in the first-level cache
+constexpr int64_t kDirectRows = 4;
+constexpr int64_t kStreams = 4;
 constexpr int64_t kScorePitch = kSplitKeys + 16;
 
 // Vectors of accumulators beside each other for each row, so that there are enough of them to hide their latency.
@@ -19,19 +25,19 @@ constexpr int64_t tile_vecs(int64_t rows) {
   return std::clamp<int64_t>(kVectorRegisters / 2 / rows, 2, 8);
 }
 
-// The memory of one thread.
-template <typename E, typename A = typename Operand<E>::Sum>
+// The memory of one thread. What holds operands has room for the widest of them.
+template <typename A>
 struct Scratch {
-  E* queries;  // [kTileRows][kHeadPitch]
-  E* keys;     // [kPackedKeys / W] panels of [depth(head_dim)][W]
-  A* scores;   // [kTileRows][kScorePitch]
-  A* factors;  // of dropout [kScorePitch]
+  std::byte* queries;  // [kTileRows][kHeadPitch]
+  std::byte* keys;     // [kPackedKeys / W] panels of [depth(head_dim)][W]
+  A* scores;           // [kTileRows][kScorePitch]
+  A* factors;          // of dropout [kScorePitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s) {
     ByteArena arena(base);
-    arena.take(queries, kTileRows * kHeadPitch);
-    arena.take(keys, kPackedKeys * depth_of<E>(s.head_dim));
+    arena.take(queries, kTileRows * kHeadPitch * static_cast<int64_t>(sizeof(A)));
+    arena.take(keys, kPackedKeys * s.head_dim * static_cast<int64_t>(sizeof(A)));
     arena.take(scores, kTileRows * kScorePitch);
     arena.take(factors, kScorePitch);
     bytes = arena.taken();
@@ -45,29 +51,123 @@ struct Part {
   A *row_max, *row_sum;
 };
 
-// sums[row][column] += p[row][key] * values[key][column] for kVecs vectors of columns, the last of which has `width`.
+// Vectors of a row of keys as operands of type E; each holds kNumbers numbers.
+template <typename E, typename T>
+struct KeyVectors {
+  using V = Vec<Accumulate<T>>;
+  static constexpr int64_t kNumbers = V::kSize * Operand<E>::kDepth;
+  static V load(const T* p) { return V::load(p); }
+  static V load_first(const T* p, int64_t numbers) { return V::load_first(p, numbers); }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct KeyVectors<BFloat16Pair, BFloat16> {
+  using V = Vec<float>;
+  static constexpr int64_t kNumbers = V::kSize * Operand<BFloat16Pair>::kDepth;
+  static V load(const BFloat16* p) { return Operand<BFloat16Pair>::load(reinterpret_cast<const BFloat16Pair*>(p)); }
+  static V load_first(const BFloat16* p, int64_t numbers) {
+    return {_mm512_castsi512_ps(detail::first_halves(p, numbers))};
+  }
+};
+#endif
+
+// scores[row][key] = q[row] . keys[key], for a few keys more than there are: they repeat the last one.
+template <typename E, int64_t kRows, typename T, typename A = Accumulate<T>>
+__attribute__((noinline)) void multiply_keys(const E* queries, const T* keys, int64_t stride, int64_t count,
+                                             int64_t head_dim, A* scores) {
+  using Keys = KeyVectors<E, T>;
+  constexpr int64_t kLanes = Vec<A>::kSize;
+  constexpr int64_t kTogether = std::min(kVectorRegisters / 2 / kRows, kStreams);  // streams that the registers hold
+  const int64_t part = round_up(count, kStreams * kLanes) / kStreams;             // keys of a stream
+  for (int64_t first = 0; first < part; first += kLanes) {
+    Vec<A> sums[kStreams][kRows][kLanes];
+#pragma GCC unroll 1
+    for (int64_t i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 4
+      for (int64_t stream = 0; stream < kStreams; stream += kTogether) {
+        const T* at[kTogether];
+        Vec<A> acc[kTogether][kRows];
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kTogether; ++j) {
+          at[j] = keys + std::min((stream + j) * part + first + i, count - 1) * stride;
+#pragma GCC unroll 4
+          for (int64_t row = 0; row < kRows; ++row) acc[j][row] = Vec<A>::zero();
+        }
+        const auto multiply = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
+          Vec<A> columns[kTogether];
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < kTogether; ++j) columns[j] = load(at[j] + k);
+#pragma GCC unroll 4
+          for (int64_t row = 0; row < kRows; ++row) {
+            const Vec<A> query = Operand<E>::load(queries + row * kHeadPitch + k / Operand<E>::kDepth);
+#pragma GCC unroll 4
+            for (int64_t j = 0; j < kTogether; ++j) {
+              acc[j][row] = Operand<E>::multiply_add(query, columns[j], acc[j][row]);
+            }
+          }
+        };
+        int64_t k = 0;
+        for (; k + Keys::kNumbers <= head_dim; k += Keys::kNumbers) {
+          multiply(k, [](const T* p) { return Keys::load(p); });
+        }
+        if (k < head_dim) multiply(k, [&](const T* p) { return Keys::load_first(p, head_dim - k); });
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < kTogether; ++j) {
+#pragma GCC unroll 4
+          for (int64_t row = 0; row < kRows; ++row) sums[stream + j][row][i] = acc[j][row];
+        }
+      }
+    }
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+#pragma GCC unroll 4
+      for (int64_t row = 0; row < kRows; ++row) {
+        reduce_add(sums[stream][row]).store(scores + row * kScorePitch + stream * part + first);
+      }
+    }
+  }
+}
+
+// The values of a split as streams of `part` rows, the last of which repeats the last row where it is shorter.
+template <typename T>
+struct ValueStreams {
+  const T* first;
+  const T* last;
+  int64_t stride, part;
+
+  const T* row(int64_t stream, int64_t i) const { return std::min(first + (stream * part + i) * stride, last); }
+};
+
+// sums[row][column] += p[row][key] * values[key][column] for the keys [begin, end) of all streams and kVecs vectors of
+// columns from `column` on, the last of which has `width`.
 template <int64_t kRows, int64_t kVecs, typename A, typename T>
-void add_values(int64_t keys, const A* p, const T* values, int64_t stride, int64_t width, A* sums, int64_t pitch) {
+void add_values(const ValueStreams<T>& values, int64_t begin, int64_t end, const A* p, int64_t column, int64_t width,
+                A* sums, int64_t pitch) {
   constexpr int64_t kLanes = Vec<A>::kSize;
   Vec<A> acc[kRows][kVecs];
+  sums += column;
 #pragma GCC unroll 16
   for (int64_t row = 0; row < kRows; ++row) {
 #pragma GCC unroll 8
     for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = Vec<A>::load(sums + row * pitch + vec * kLanes);
   }
 #pragma GCC unroll 1
-  for (int64_t key = 0; key < keys; ++key, values += stride) {
-    Vec<A> columns[kVecs];
+  for (int64_t i = begin; i < end; ++i) {
+#pragma GCC unroll 4
+    for (int64_t stream = 0; stream < kStreams; ++stream) {
+      const T* from = values.row(stream, i) + column;
+      Vec<A> columns[kVecs];
 #pragma GCC unroll 8
-    for (int64_t vec = 0; vec < kVecs; ++vec) {
-      const bool whole = vec + 1 < kVecs || width == kLanes;
-      columns[vec] = whole ? Vec<A>::load(values + vec * kLanes) : Vec<A>::load_first(values + vec * kLanes, width);
-    }
+      for (int64_t vec = 0; vec < kVecs; ++vec) {
+        const bool whole = vec + 1 < kVecs || width == kLanes;
+        columns[vec] = whole ? Vec<A>::load(from + vec * kLanes) : Vec<A>::load_first(from + vec * kLanes, width);
+      }
 #pragma GCC unroll 16
-    for (int64_t row = 0; row < kRows; ++row) {
-      const Vec<A> probability = Vec<A>::broadcast(p[row * kScorePitch + key]);
+      for (int64_t row = 0; row < kRows; ++row) {
+        const Vec<A> probability = Vec<A>::broadcast(p[row * kScorePitch + stream * values.part + i]);
 #pragma GCC unroll 8
-      for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = mul_add(probability, columns[vec], acc[row][vec]);
+        for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = mul_add(probability, columns[vec], acc[row][vec]);
+      }
     }
   }
 #pragma GCC unroll 16
@@ -77,9 +177,93 @@ void add_values(int64_t keys, const A* p, const T* values, int64_t stride, int64
   }
 }
 
+// The products of kRows rows, whose operands are of type E.
+template <typename T, typename E, int64_t kRows>
+struct Products {
+  using A = Accumulate<T>;
+  static constexpr int64_t kLanes = Vec<A>::kSize;
+
+  static void pack_query(const T* query, int64_t head_dim, A sign, int64_t row, std::byte* queries) {
+    E* to = reinterpret_cast<E*>(queries) + row * kHeadPitch;
+    std::fill_n(to, round_up(depth_of<E>(head_dim), kLanes), E{});  // multiply_keys reads whole vectors
+    pack_rows<1, kHeadPitch>(to, query, 0, query != nullptr, head_dim, sign);
+  }
+
+  // scores[row][key] = q[row] . keys[key], the products of each summed in `runs` runs where keys are transposed.
+  static void multiply(const std::byte* queries, int64_t runs, const T* keys, int64_t stride, int64_t count,
+                       int64_t head_dim, std::byte* packed, A* scores) {
+    const E* q = reinterpret_cast<const E*>(queries);
+    if constexpr (kRows <= kDirectRows) {
+      multiply_keys<E, kRows>(q, keys, stride, count, head_dim, scores);
+    } else {
+      E* panels = reinterpret_cast<E*>(packed);
+      const int64_t depth = depth_of<E>(head_dim), run = (depth + runs - 1) / runs;
+      for (int64_t key = 0; key < count; key += kPackedKeys) {
+        const int64_t part = std::min(kPackedKeys, count - key);
+        pack_transposed(panels, keys + key * stride, stride, part, head_dim);
+        for (int64_t k = 0; k < depth; k += run) {
+          tile_rows<kRows, TileLayout<kHeadPitch, 1>, tile_vecs(kRows)>(
+              std::min(run, depth - k), q + k, panels + k * kLanes, depth * kLanes, (part + kLanes - 1) / kLanes,
+              [&](int64_t row, int64_t panel, Vec<A> value) {
+                A* to = scores + row * kScorePitch + key + panel * kLanes;
+                (k == 0 ? value : Vec<A>::load(to) + value).store(to);
+              });
+        }
+      }
+    }
+  }
+
+  // out[row] = p[row] . values; p has room for kStreams more keys.
+  static void add(A* p, const T* values, int64_t stride, int64_t count, int64_t head_dim, A* out, int64_t pitch) {
+    constexpr int64_t kVecs = tile_vecs(kRows);
+    const int64_t part = (count + kStreams - 1) / kStreams;
+    const ValueStreams<T> streams = {values, values + (count - 1) * stride, stride, part};
+    for (int64_t row = 0; row < kRows; ++row) {
+      std::fill_n(p + row * kScorePitch + count, kStreams * part - count, A(0));
+      std::fill_n(out + row * pitch, pitch, A(0));
+    }
+    // Where columns take more than one pass, the next finds the values in the first-level cache.
+    const bool single_pass = head_dim == kVecs * kLanes || (kVecs > 4 && head_dim == 4 * kLanes);
+    const int64_t block = single_pass ? part : kPackedKeys / kStreams;
+    for (int64_t begin = 0; begin < part; begin += block) {
+      const auto add_columns = [&](auto vecs, int64_t column, int64_t width) {
+        add_values<kRows, vecs()>(streams, begin, std::min(begin + block, part), p, column, width, out, pitch);
+      };
+      int64_t column = 0;
+      for (; column + kVecs * kLanes <= head_dim; column += kVecs * kLanes) {
+        add_columns(std::integral_constant<int64_t, kVecs>(), column, kLanes);
+      }
+      if (kVecs > 4 && column + 4 * kLanes <= head_dim) {
+        add_columns(std::integral_constant<int64_t, 4>(), column, kLanes);
+        column += 4 * kLanes;
+      }
+      for (; column < head_dim; column += kLanes) {
+        add_columns(std::integral_constant<int64_t, 1>(), column, std::min(head_dim - column, kLanes));
+      }
+    }
+  }
+};
+
+// The Products of the rows and the operands that were chosen: what calls them is compiled once.
+template <typename T>
+struct ProductTable {
+  using A = Accumulate<T>;
+
+  template <typename E, int64_t kRows>
+  static ProductTable of() {
+    using P = Products<T, E, kRows>;
+    return {kRows, P::pack_query, P::multiply, P::add};
+  }
+
+  int64_t rows;
+  void (*pack_query)(const T*, int64_t, A, int64_t, std::byte*);
+  void (*multiply)(const std::byte*, int64_t, const T*, int64_t, int64_t, int64_t, std::byte*, A*);
+  void (*add)(A*, const T*, int64_t, int64_t, int64_t, A*, int64_t);
+};
+
 // One row of scores becomes exp2((score - maximum) * factor).
 template <typename A>
-void softmax_row(A* scores, int64_t columns, A factor, A& row_max, A& row_sum) {
+inline void softmax_row(A* scores, int64_t columns, A factor, A& row_max, A& row_sum) {
   constexpr int64_t kLanes = Vec<A>::kSize;
   Vec<A> top = Vec<A>::broadcast(-std::numeric_limits<A>::infinity());
   for (int64_t column = 0; column < columns; column += kLanes) top = max(Vec<A>::load(scores + column), top);
@@ -88,96 +272,67 @@ void softmax_row(A* scores, int64_t columns, A factor, A& row_max, A& row_sum) {
   const Vec<A> scale = Vec<A>::broadcast(factor);
   Vec<A> sum = Vec<A>::zero();
   for (int64_t column = 0; column < columns; column += kLanes) {
-    const Vec<A> p = exp2((Vec<A>::load(scores + column) - offset) * scale);
+    const Vec<A> p = exp2(Vec<A>::load(scores + column) - offset, scale);
     p.store(scores + column);
     sum = sum + p;
   }
   row_sum = reduce_add(sum);
 }
 
-template <typename T, typename E, int64_t kRows>
+// The scores of one row and split become probabilities, not yet divided by their sum. `first` and `last` are the keys
+// of the split; column 0 is the key `origin`.
+template <typename T, typename A = Accumulate<T>>
+void make_probabilities(const Scores<T>& terms, const Sample& sample, int64_t head,
+                                                  int64_t row, int64_t origin, int64_t first, int64_t last, A* scores,
+                                                  A* factors, A& row_max, A& row_sum) {
+  const int64_t columns = round_up(last - origin, Vec<A>::kSize);
+  if (terms.modified()) terms.modify(sample, head, row, origin, columns, scores, nullptr);
+  mask_row(scores, 0, columns, std::max(sample.window.key_begin(row), first) - origin,
+           std::min(sample.window.key_end_of(row), last) - origin, -std::numeric_limits<A>::infinity());
+  if (terms.softmax()) {
+    softmax_row(scores, columns, terms.scale().factor, row_max, row_sum);
+  } else {
+    terms.activate(scores, columns);
+  }
+  if (terms.drops()) {
+    terms.dropout_factors(sample, head, row, origin, columns, factors);
+    multiply_row(scores, factors, columns);
+  }
+}
+
+template <typename T>
 class DecodeTask {
  public:
   using A = Accumulate<T>;
 
-  DecodeTask(const AttentionForward<T>& args, const Scores<T>& scores, std::byte* memory)
-      : args_(args), sizes_(args.options.sizes), scores_(scores), scratch_(memory, sizes_) {}
+  DecodeTask(const AttentionForward<T>& args, const Scores<T>& scores, const ProductTable<T>& products,
+             std::byte* memory)
+      : args_(args), sizes_(args.options.sizes), scores_(scores), products_(products), scratch_(memory, sizes_) {}
 
   // The keys [begin, end) of one split; parts: of the split's rows.
   void run(const Sample& sample, int64_t head_k, int64_t begin, int64_t end, const Part<A>& part, int64_t pitch) {
-    const int64_t seqlen_q = sizes_.seqlen_q, group = sizes_.group(), rows = group * seqlen_q;
-    const int64_t first_head = head_k * group, depth = depth_of<E>(sizes_.head_dim);
-    for (int64_t g = 0; g < group; ++g) {
-      for (int64_t i = 0; i < seqlen_q; ++i) {
-        pack_rows<1, kHeadPitch>(scratch_.queries + (g * seqlen_q + i) * kHeadPitch,
-                                 args_.q.query(sample, first_head + g, i), args_.q.seq_stride, 1, sizes_.head_dim,
-                                 scores_.scale().sign);
-      }
+    const int64_t seqlen_q = sizes_.seqlen_q, rows = sizes_.group() * seqlen_q, first_head = head_k * sizes_.group();
+    for (int64_t row = 0; row < products_.rows; ++row) {
+      const T* query = row < rows ? args_.q.query(sample, first_head + row / seqlen_q, row % seqlen_q) : nullptr;
+      products_.pack_query(query, sizes_.head_dim, scores_.scale().sign, row, scratch_.queries);
     }
-    for (int64_t row = rows; row < kRows; ++row) {
-      std::fill_n(scratch_.queries + row * kHeadPitch, depth, E{});
-    }
-    const int64_t origin = round_down(begin, kLanes), columns = round_up(end, kLanes) - origin;
-    for (int64_t key = origin; key < end; key += kPackedKeys) {
-      const int64_t count = std::min(kPackedKeys, end - key);
-      pack_transposed(scratch_.keys, args_.k.key(sample, head_k, key), args_.k.seq_stride, count, sizes_.head_dim);
-      const int64_t runs = score_runs(seqlen_q), run = (depth + runs - 1) / runs;
-      for (int64_t k = 0; k < depth; k += run) {
-        tile_rows<kRows, TileLayout<kHeadPitch, 1>, tile_vecs(kRows)>(
-            std::min(run, depth - k), scratch_.queries + k, scratch_.keys + k * kLanes, depth * kLanes,
-            (count + kLanes - 1) / kLanes, [&](int64_t row, int64_t panel, Vec<A> value) {
-              A* to = scratch_.scores + row * kScorePitch + key - origin + panel * kLanes;
-              (k == 0 ? value : Vec<A>::load(to) + value).store(to);
-            });
-      }
-    }
+    const int64_t origin = round_down(begin, Vec<A>::kSize);
+    products_.multiply(scratch_.queries, score_runs(seqlen_q), args_.k.key(sample, head_k, origin), args_.k.seq_stride,
+                       end - origin, sizes_.head_dim, scratch_.keys, scratch_.scores);
     for (int64_t row = 0; row < rows; ++row) {
-      A* scores = scratch_.scores + row * kScorePitch;
-      const int64_t head = first_head + row / seqlen_q, i = row % seqlen_q;
-      if (scores_.modified()) scores_.modify(sample, head, i, origin, columns, scores, nullptr);
-      mask_row(scores, 0, columns, std::max(sample.window.key_begin(i), begin) - origin,
-               std::min(sample.window.key_end_of(i), end) - origin, -std::numeric_limits<A>::infinity());
-      if (scores_.softmax()) {
-        softmax_row(scores, columns, scores_.scale().factor, part.row_max[row], part.row_sum[row]);
-      } else {
-        scores_.activate(scores, columns);
-      }
-      if (scores_.drops()) {
-        scores_.dropout_factors(sample, head, i, origin, columns, scratch_.factors);
-        multiply_row(scores, scratch_.factors, columns);
-      }
+      make_probabilities(scores_, sample, first_head + row / seqlen_q, row % seqlen_q, origin, begin, end,
+                         scratch_.scores + row * kScorePitch, scratch_.factors, part.row_max[row], part.row_sum[row]);
     }
-    std::fill_n(part.out, kRows * pitch, A(0));
-    for (int64_t key = begin; key < end; key += kPackedKeys) {
-      values(scratch_.scores + key - origin, args_.v.key(sample, head_k, key), std::min(kPackedKeys, end - key),
-             part.out, pitch);
-    }
+    products_.add(scratch_.scores + begin - origin, args_.v.key(sample, head_k, begin), args_.v.seq_stride, end - begin,
+                  sizes_.head_dim_v, part.out, pitch);
   }
 
  private:
-  static constexpr int64_t kLanes = Vec<A>::kSize;
-
-  void values(const A* p, const T* v, int64_t keys, A* out, int64_t pitch) {
-    constexpr int64_t kVecs = tile_vecs(kRows);
-    const int64_t head_dim = sizes_.head_dim_v;
-    int64_t column = 0;
-    for (; column + kVecs * kLanes <= head_dim; column += kVecs * kLanes) {
-      leedl::add_values<kRows, kVecs>(keys, p, v + column, args_.v.seq_stride, kLanes, out + column, pitch);
-    }
-    if (kVecs > 4 && column + 4 * kLanes <= head_dim) {
-      leedl::add_values<kRows, 4>(keys, p, v + column, args_.v.seq_stride, kLanes, out + column, pitch);
-      column += 4 * kLanes;
-    }
-    for (; column < head_dim; column += kLanes) {
-      leedl::add_values<kRows, 1>(keys, p, v + column, args_.v.seq_stride, std::min(head_dim - column, kLanes),
-                                  out + column, pitch);
-    }
-  }
-
   const AttentionForward<T>& args_;
   const AttentionSizes& sizes_;
   const Scores<T>& scores_;
-  Scratch<E> scratch_;
+  const ProductTable<T>& products_;
+  Scratch<A> scratch_;
 };
 
 // out of one row from the parts of its splits, in their order.
@@ -213,8 +368,8 @@ void combine(const AttentionForward<T>& args, const Scores<T>& scores, const Sam
   writer.write(sample, head, row, sums, scores.kept() / row_sum, lse, row_max, row_sum);
 }
 
-template <typename T, typename E, int64_t kRows>
-void decode(const AttentionForward<T>& args) {
+template <typename T>
+void decode(const AttentionForward<T>& args, const ProductTable<T>& products) {
   using A = Accumulate<T>;
   const AttentionSizes& s = args.options.sizes;
   const int64_t pairs = s.batch * s.num_heads_k, pitch = round_up(s.head_dim_v, Vec<A>::kSize);
@@ -229,21 +384,21 @@ void decode(const AttentionForward<T>& args) {
     const auto [first, end] = split_range(args.options.sample(b));
     first_part[b + 1] = first_part[b] + end - first;
   }
-  const int64_t tasks = first_part[s.batch] * s.num_heads_k, part_size = kRows * (pitch + 2);
+  const int64_t tasks = first_part[s.batch] * s.num_heads_k, part_size = products.rows * (pitch + 2);
   const Buffer<A> memory = allocate<A>(tasks * part_size);
   std::vector<Part<A>> parts(tasks);
   for (int64_t task = 0; task < tasks; ++task) {
     A* out = memory.get() + task * part_size;
-    parts[task] = {out, out + kRows * pitch, out + kRows * (pitch + 1)};
+    parts[task] = {out, out + products.rows * pitch, out + products.rows * (pitch + 1)};
   }
   const int64_t most = std::max<int64_t>(tasks, 1);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), most));
-  const int64_t scratch_bytes = Scratch<E>(nullptr, s).bytes;
+  const int64_t scratch_bytes = Scratch<A>(nullptr, s).bytes;
   const Buffer<std::byte> scratch = allocate<std::byte>(threads * scratch_bytes);
 
 #pragma omp parallel num_threads(threads)
   {
-    DecodeTask<T, E, kRows> task(args, scores, scratch.get() + omp_get_thread_num() * scratch_bytes);
+    DecodeTask<T> task(args, scores, products, scratch.get() + omp_get_thread_num() * scratch_bytes);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < tasks; ++index) {
       const auto next = std::upper_bound(first_part.begin(), first_part.end(), index / s.num_heads_k);
@@ -281,11 +436,12 @@ void attention_decode(const AttentionForward<T>& args) {
   if (rows == 0 || args.options.sizes.batch == 0) return;
   dispatch_operand<T>([&](auto tag) {
     using E = typename decltype(tag)::Type;
-    if (rows == 1) return decode<T, E, 1>(args);
-    if (rows == 2) return decode<T, E, 2>(args);
-    if (rows <= 4) return decode<T, E, 4>(args);
-    if (rows <= 8 && kTileRows > 8) return decode<T, E, 8>(args);
-    decode<T, E, kTileRows>(args);
+    using Table = ProductTable<T>;
+    if (rows == 1) return decode(args, Table::template of<E, 1>());
+    if (rows == 2) return decode(args, Table::template of<E, 2>());
+    if (rows <= 4) return decode(args, Table::template of<E, 4>());
+    if (rows <= 8 && kTileRows > 8) return decode(args, Table::template of<E, 8>());
+    decode(args, Table::template of<E, kTileRows>());
   });
 }
 

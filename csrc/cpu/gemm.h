@@ -251,6 +251,22 @@ class NearRows {
 
 }  // namespace detail
 
+// Lane i is the sum of all lanes of vectors[i], by the same tree as that of one vector; `vectors` is overwritten.
+template <typename T>
+inline __attribute__((always_inline)) Vec<T> reduce_add(Vec<T> (&vectors)[Vec<T>::kSize]) {
+  constexpr int64_t kLanes = Vec<T>::kSize;
+#pragma GCC unroll 4
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; ++i) {
+      Vec<T> low, high;
+      detail::interleave(vectors[i], vectors[i + half], low, high, std::make_index_sequence<kLanes>());
+      vectors[i] = low + high;
+    }
+  }
+  return vectors[0];
+}
+
 // B = source^T in panels: source is rows x depth, panel p holds its rows [p * W, (p + 1) * W), W rows for each k <
 // depth. Missing rows of the last panel are zeros.
 template <typename T, typename Stored>
