@@ -91,6 +91,14 @@ class AttentionCase:
         per_pair = 4 * self.head_dim * (3.5 if self.backward else 1)
         return float(self.batch * self.num_heads * pairs * per_pair)
 
+    @property
+    def work(self) -> Work:
+        """Few queries read all keys and values, and do little else."""
+        if self.queries is None:
+            return Work(flops=self.flops)
+        numbers = 2 * self.batch * self.num_heads_k * self.seqlen * self.head_dim
+        return Work(read_bytes=float(numbers * self.dtype.itemsize))
+
 
 WINDOWED = (EAGER, COMPILED, SDPA_MASK, FLEX)
 
@@ -116,8 +124,16 @@ def cases(settings: Settings) -> list[AttentionCase]:
         AttentionCase(dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)),
         AttentionCase(dtype=torch.bfloat16, backward=True, peers=(SDPA,)),
         AttentionCase(seqlen=32768, queries=1, bars={SDPA: 1.0}, peers=(SDPA,)),
-        AttentionCase(
-            seqlen=32768, queries=1, dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)
+        *(
+            AttentionCase(
+                seqlen=32768,
+                queries=1,
+                head_dim=head_dim,
+                dtype=torch.bfloat16,
+                bars={SDPA: 1.5},
+                peers=(SDPA,),
+            )
+            for head_dim in (64, 128)
         ),
         *(
             AttentionCase(
@@ -196,7 +212,7 @@ def test_attention(case: AttentionCase, measure: Measure) -> None:
         name=case.name,
         sizes=case.sizes,
         dtype=case.dtype,
-        work=Work(flops=case.flops),
+        work=case.work,
         bars=case.bars,
         series=SERIES if case.series else None,
         x=case.seqlen if case.series else None,

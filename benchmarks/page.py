@@ -59,6 +59,7 @@ def _header(results: r.Results) -> str:
         "PyTorch": f"{facts['torch']}, {facts['torch_instruction_set']}",
         "Python": f"{facts['python']}, {facts['system']}",
         "Copy bandwidth here": f"{ceilings['copy_gb_per_s']:.1f} GB/s",
+        "Read bandwidth here": f"{ceilings['read_gb_per_s']:.1f} GB/s",
     } | {f"Matrix rate here, {dtype}": f"{rate:.0f} GFLOP/s" for dtype, rate in rates.items()}
     if facts["memory_bytes"]:
         entries["Memory"] = f"{facts['memory_bytes'] / 2**30:.0f} GiB"
@@ -175,7 +176,8 @@ def _footer() -> str:
         "quartiles, after warm-up and without compilation; a speed-up is the time over that of "
         f"{OURS}.</p>"
         "<p>Percentages are of what the machine was measured to do in the same run: a large copy "
-        "for memory-bound operations, a large matrix product for attention and the model. Only "
+        "for memory-bound operations, a large reduction for decoding, which only reads, a large "
+        "matrix product for attention and the model. Only "
         "pairs of a query and a key that it sees count as work.</p>"
         "<p>eager: plain PyTorch. SDPA: <code>F.scaled_dot_product_attention</code>, with a "
         "boolean mask where there is a window. torch.compile: of the eager code.</p></footer>"

@@ -77,7 +77,8 @@ def describe_machine(results: r.Results) -> list[str]:
         f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads{isa}",
         f"leedl_fast {results['version']}, torch {facts['torch']} "
         f"({facts['torch_instruction_set']}), Python {facts['python']}, {facts['system']}",
-        f"ceilings: copy {ceilings['copy_gb_per_s']:.1f} GB/s, {rates}",
+        f"ceilings: copy {ceilings['copy_gb_per_s']:.1f} GB/s, "
+        f"read {ceilings['read_gb_per_s']:.1f} GB/s, {rates}",
     ]
 
 
@@ -174,6 +175,7 @@ def format_error(row: dict[str, Any]) -> str:
 
 
 def format_rate(row: dict[str, Any]) -> str:
-    if "gb_per_s" in row:
-        return f"{row['gb_per_s']:.1f} GB/s"
+    for name in ("gb_per_s", "read_gb_per_s"):
+        if name in row:
+            return f"{row[name]:.1f} GB/s"
     return f"{row['gflop_per_s']:.0f} GFLOP/s" if "gflop_per_s" in row else ""

@@ -31,6 +31,7 @@ def collect(recorder: Recorder) -> Results:
         | {"instruction_set": _instruction_set(settings.backend)},
         "ceilings": {
             "copy_gb_per_s": ceilings.copy_bytes_per_s / 1e9,
+            "read_gb_per_s": ceilings.read_bytes_per_s / 1e9,
             "matmul_gflop_per_s": {
                 dtype: rate / 1e9 for dtype, rate in ceilings.matmul_flop_per_s.items()
             },
@@ -42,9 +43,11 @@ def collect(recorder: Recorder) -> Results:
 
 
 def percent_of_ceiling(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> float | None:
-    """Of the copy bandwidth where bytes limit, of the matrix rate where arithmetic does."""
+    """Of the copy or read bandwidth where bytes limit, of the matrix rate where arithmetic does."""
     if "gb_per_s" in row:
         return 100 * row["gb_per_s"] * 1e9 / ceilings.copy_bytes_per_s
+    if "read_gb_per_s" in row:
+        return 100 * row["read_gb_per_s"] * 1e9 / ceilings.read_bytes_per_s
     peak = ceilings.matmul_flop_per_s.get(dtype)
     return 100 * row["gflop_per_s"] * 1e9 / peak if peak and "gflop_per_s" in row else None
 

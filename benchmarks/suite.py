@@ -8,7 +8,7 @@ when leedl_fast is wrong. A peer that cannot run, or is wrong, keeps its row, wi
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
@@ -49,10 +49,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """The arithmetic or the memory traffic that a case needs, whichever limits it."""
+    """The arithmetic or the memory traffic that a case needs, whichever limits it.
+
+    bytes: read and written; read_bytes: of a case that writes next to nothing.
+    """
 
     flops: float | None = None
     bytes: float | None = None
+    read_bytes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +305,7 @@ class Measure:
             "series": case.series,
             "x": case.x,
             "note": case.note,
-            "work": {"flops": case.work.flops, "bytes": case.work.bytes},
+            "work": asdict(case.work),
             "implementations": list(rows.values()),
             "bars": [
                 {
@@ -323,6 +327,8 @@ def _rates(work: Work, seconds: float) -> dict[str, float]:
     rates = {}
     if work.bytes is not None:
         rates["gb_per_s"] = work.bytes / seconds / 1e9
+    if work.read_bytes is not None:
+        rates["read_gb_per_s"] = work.read_bytes / seconds / 1e9
     if work.flops is not None:
         rates["gflop_per_s"] = work.flops / seconds / 1e9
     return rates
