@@ -75,6 +75,8 @@ class BiasGradient {
       std::fill_n(taken_, whole.group_ * whole.query_blocks_, false);
     }
 
+    bool wanted() const { return whole_.wanted(); }
+
     void begin_block(int64_t head, int64_t row_begin) {
       head_ = head;
       row_begin_ = row_begin;

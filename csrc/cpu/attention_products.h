@@ -1,4 +1,4 @@
-// The matrix products of attention, forward, for operands of float, double and pairs of bfloat16 numbers; see gemm.h.
+// The matrix products of attention for operands of float, double and pairs of bfloat16 numbers; see gemm.h.
 #pragma once
 
 #include "attention.h"
@@ -21,5 +21,10 @@ void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels
 template <typename E>
 void multiply_values(int64_t depth, const E* p, const E* values, int64_t panel_stride, int64_t panels,
                      const SumOf<E>* rescale, SumOf<E>* out);
+
+// sums += P^T . B over `depth` rows of P, kForwardPitch apart, for kHalfRows of its columns. Rows of sums are `panels`
+// vectors apart.
+template <typename E>
+void add_transposed(int64_t depth, const E* p, const E* b, int64_t panel_stride, int64_t panels, SumOf<E>* sums);
 
 }  // namespace leedl

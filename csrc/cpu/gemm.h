@@ -9,6 +9,7 @@
 // 2k and 2k + 1, and C is float. (An AMX tile of B is 16 vectors of such a panel, as they lie.)
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -143,10 +144,11 @@ inline __attribute__((always_inline)) void tile(int64_t depth, const E* __restri
 }
 
 // kRows rows of C over all panels of B: epilogue(row, panel, value). Tiles of three vectors leave two rather than one to
-// the last tiles.
+// the last tiles. What the epilogue captures by value stays in registers; what it captures by reference is read again
+// for each vector, since its own stores might have changed it.
 template <int64_t kRows, typename Layout, int64_t kVecs = kTileVecs, typename E, typename Epilogue>
 inline void tile_rows(int64_t depth, const E* a, const E* b, int64_t panel_stride, int64_t panels,
-                      const Epilogue& epilogue) {
+                      Epilogue epilogue) {
   using T = typename Operand<E>::Sum;
   int64_t panel = 0;
   const auto take = [&](auto vecs) __attribute__((always_inline)) {
@@ -336,6 +338,12 @@ inline void pack_rows(E* __restrict__ a, const Stored* __restrict__ source, int6
   for (int64_t row = 0; row < kRows; ++row) {
     To* to = reinterpret_cast<To*>(a + row * kPitch);
     const Stored* from = source + row * stride;
+    if (std::is_same_v<To, Stored> && scale == 1 && row < rows) {
+      const int64_t padded = round_up(columns, kLanes);
+      std::memcpy(to, from, columns * sizeof(To));
+      std::memset(to + columns, 0, (padded - columns) * sizeof(To));
+      continue;
+    }
     for (int64_t column = 0; column < columns; column += kLanes) {
       const int64_t width = columns - column < kLanes ? columns - column : kLanes;
       Vec<T> value = Vec<T>::zero();
@@ -351,6 +359,12 @@ namespace detail {
 
 inline __m512i first_halves(const BFloat16* p, int64_t n) {
   return _mm512_maskz_loadu_epi16(n >= 32 ? ~0u : (1u << n) - 1, p);
+}
+
+// Number i of the first half of a vector, then number i of its second half.
+template <size_t... kWord>
+constexpr std::array<uint16_t, sizeof...(kWord)> interleaved_halves(std::index_sequence<kWord...>) {
+  return {static_cast<uint16_t>(kWord / 2 + kWord % 2 * (sizeof...(kWord) / 2))...};
 }
 
 }  // namespace detail
@@ -403,14 +417,26 @@ __attribute__((noinline)) inline void pack_panels(BFloat16Pair* __restrict__ pan
   }
 }
 
+// 2 W numbers rounded to pairs of neighbours: those of `first`, then those of `second`.
+inline void store_pairs(BFloat16Pair* to, Vec<float> first, Vec<float> second) {
+  const Vec<float> pairs = Operand<BFloat16Pair>::pack(first, second);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+
+// W pairs of one number of each vector.
+inline void store_columns(BFloat16Pair* to, Vec<float> first, Vec<float> second) {
+  alignas(64) static constexpr auto kOrder = detail::interleaved_halves(std::make_index_sequence<2 * Vec<float>::kSize>());
+  const __m512i halves = _mm512_castps_si512(Operand<BFloat16Pair>::pack(first, second).lanes);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder.data()), halves));
+}
+
 // `columns` numbers, a multiple of W, rounded to pairs of neighbours.
 inline void pack_row(BFloat16Pair* __restrict__ a, const float* __restrict__ source, int64_t columns) {
   constexpr int64_t kLanes = Vec<float>::kSize;
   for (int64_t column = 0; column < columns; column += 2 * kLanes) {
     const bool last = column + kLanes == columns;
     const Vec<float> second = last ? Vec<float>::zero() : Vec<float>::load(source + column + kLanes);
-    const Vec<float> pairs = Operand<BFloat16Pair>::pack(Vec<float>::load(source + column), second);
-    std::memcpy(a + column / 2, &pairs, sizeof pairs);
+    store_pairs(a + column / 2, Vec<float>::load(source + column), second);
   }
 }
 
@@ -419,12 +445,7 @@ inline void pack_columns(BFloat16Pair* __restrict__ a, const float* __restrict__
                          int64_t columns) {
   constexpr int64_t kLanes = Vec<float>::kSize;
   for (int64_t column = 0; column < columns; column += kLanes) {
-    const __m512i halves = _mm512_castps_si512(
-        Operand<BFloat16Pair>::pack(Vec<float>::load(first + column), Vec<float>::load(second + column)).lanes);
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-    const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-    std::memcpy(a + column, &pairs, sizeof pairs);
+    store_columns(a + column, Vec<float>::load(first + column), Vec<float>::load(second + column));
   }
 }
 
