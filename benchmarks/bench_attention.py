@@ -5,6 +5,7 @@ and 2.5 times that backward (the score again, and four products for dP, dq, dk a
 outside the window count for nothing, whoever computes them.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,7 +48,8 @@ class AttentionCase:
     head_dim: int = 64
     window: int | None = None  # the same on both sides
     causal: bool = False
-    backward: bool = False
+    backward: bool = False  # beside the forward pass
+    alone: bool = False  # the backward pass of a graph that is there already
     batch: int = 1
     num_heads: int = 8
     num_heads_k: int = 8
@@ -63,12 +65,20 @@ class AttentionCase:
         return left, 0 if self.causal else left
 
     @property
+    def forward(self) -> bool:
+        return not self.alone
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("out",) * self.forward + ("dq", "dk", "dv") * self.backward
+
+    @property
     def seqlen_q(self) -> int:
         return self.seqlen if self.queries is None else self.queries
 
     @property
     def name(self) -> str:
-        passes = "forward + backward" if self.backward else "forward"
+        passes = " + ".join(["forward"] * self.forward + ["backward"] * self.backward)
         if self.queries is not None:
             return f"decode, {self.queries} query" + ("" if self.queries == 1 else "s")
         if self.window is not None:
@@ -88,7 +98,7 @@ class AttentionCase:
         last = self.seqlen - 1
         queries = range(self.seqlen - self.seqlen_q, self.seqlen)
         pairs = sum(min(i, left) + min(last - i, right) + 1 for i in queries)
-        per_pair = 4 * self.head_dim * (3.5 if self.backward else 1)
+        per_pair = 4 * self.head_dim * (self.forward + 2.5 * self.backward)
         return float(self.batch * self.num_heads * pairs * per_pair)
 
     @property
@@ -100,6 +110,7 @@ class AttentionCase:
         return Work(read_bytes=float(numbers * self.dtype.itemsize))
 
 
+BACKWARD = {"backward": True, "alone": True}
 WINDOWED = (EAGER, COMPILED, SDPA_MASK, FLEX)
 
 
@@ -111,6 +122,7 @@ def cases(settings: Settings) -> list[AttentionCase]:
             AttentionCase(**small, window=8, bars=bars, series=True, peers=(EAGER, SDPA_MASK)),
             AttentionCase(**(small | {"seqlen": 96}), window=8, series=True, peers=()),
             AttentionCase(**small, window=8, backward=True, peers=(EAGER, SDPA_MASK)),
+            AttentionCase(**small, window=8, **BACKWARD, peers=(EAGER, SDPA_MASK)),
             AttentionCase(**small, causal=True, bars={SDPA: 1.3}),
             AttentionCase(**small, queries=1, peers=(SDPA,)),
         ]
@@ -123,6 +135,9 @@ def cases(settings: Settings) -> list[AttentionCase]:
         AttentionCase(causal=True, bars={SDPA: 1.3}),
         AttentionCase(dtype=torch.bfloat16, bars={SDPA: 1.5}, peers=(SDPA,)),
         AttentionCase(dtype=torch.bfloat16, backward=True, peers=(SDPA,)),
+        AttentionCase(**BACKWARD, peers=(SDPA,)),
+        AttentionCase(dtype=torch.bfloat16, **BACKWARD, peers=(SDPA,)),
+        AttentionCase(dtype=torch.bfloat16, window=128, **BACKWARD, peers=(SDPA_MASK,)),
         AttentionCase(seqlen=32768, queries=1, bars={SDPA: 1.0}, peers=(SDPA,)),
         *(
             AttentionCase(
@@ -184,6 +199,9 @@ def cases(settings: Settings) -> list[AttentionCase]:
         )
     main.append(AttentionCase(backward=True))
     main.append(AttentionCase(causal=True, backward=True))
+    main.append(AttentionCase(causal=True, **BACKWARD, peers=(SDPA,)))
+    main.append(AttentionCase(causal=True, dtype=torch.bfloat16, **BACKWARD, peers=(SDPA,)))
+    main.append(AttentionCase(window=128, **BACKWARD, peers=(SDPA_MASK,)))
     return main
 
 
@@ -191,7 +209,6 @@ def test_attention(case: AttentionCase, measure: Measure) -> None:
     q, k, v, dout = inputs(case, measure.settings)
     heads = [0, case.num_heads - 1]
     left, right = case.sides
-    names = ("out", "dq", "dk", "dv") if case.backward else ("out",)
     groups = case.num_heads // case.num_heads_k
     if groups > 1:
         heads = list(
@@ -204,7 +221,7 @@ def test_attention(case: AttentionCase, measure: Measure) -> None:
     plain = chunked_attention([t.to(low) for t in part], left, right, backward=case.backward)
     expected = [
         Expected.of(name, *pair, case.dtype, (slice(None), heads if name in HEADS_OF_Q else head_k))
-        for name, *pair in zip(names, exact, plain, strict=True)
+        for name, *pair in zip(case.outputs, exact[case.alone :], plain[case.alone :], strict=True)
     ]
     functions = {OURS: ours(case, measure.settings), **peers(case, measure.settings)}
     reported = Case(
@@ -221,9 +238,7 @@ def test_attention(case: AttentionCase, measure: Measure) -> None:
     )
     implementations = {
         name: Implementation(
-            with_gradients(function, q, k, v, dout)
-            if case.backward
-            else lambda f=function: f(q, k, v),
+            passes(case)(function, q, k, v, dout),
             compiled=name in (COMPILED, FLEX),
         )
         for name, function in functions.items()
@@ -306,6 +321,15 @@ def peers(case: AttentionCase, settings: Settings) -> dict[str, Attention]:
     return functions
 
 
+def passes(case: AttentionCase) -> Callable[..., Callable[[], Tensor | tuple[Tensor, ...]]]:
+    """What makes a case's measured function of an implementation, q, k, v and dout."""
+    if case.alone:
+        return gradients_alone
+    if case.backward:
+        return with_gradients
+    return lambda function, q, k, v, _: lambda: function(q, k, v)
+
+
 def with_gradients(function: Attention, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     q, k, v, dout = tensors
 
@@ -314,6 +338,13 @@ def with_gradients(function: Attention, *tensors: Tensor) -> Callable[[], tuple[
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     return run
+
+
+def gradients_alone(function: Attention, *tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """The first call makes the graph, which the others use again."""
+    q, k, v, dout = tensors
+    graph = functools.cache(lambda: function(q, k, v))
+    return lambda: torch.autograd.grad(graph(), (q, k, v), dout, retain_graph=True)
 
 
 def chunked_attention(
