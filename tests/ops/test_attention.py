@@ -10,7 +10,7 @@ from torch import Tensor
 from leedl_fast import attention
 from leedl_fast.backends import cpu_modules
 from leedl_fast.reference.attention import visible_keys
-from leedl_fast.testing.compare import max_error
+from leedl_fast.testing.compare import allowed_error, max_error
 
 ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 
@@ -268,6 +268,26 @@ def test_gradients_of_keys_over_8192_bfloat16_queries_are_no_worse_than_plain_py
             ours = gradients(torch.bfloat16, "cpu")
         for name, actual, other, expected in zip("kv", ours, plain, exact, strict=True):
             assert max_error(actual, expected) <= max_error(other, expected), (isa, f"d{name}")
+
+
+@ISA
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (130, 7)}], ids=str)
+def test_gradients_where_a_task_owns_many_keys(isa: str, options: dict) -> None:
+    """Long sequences of many heads are cut into larger chunks of keys than the other cases have."""
+    tensors = _qkv(1, 8, 1041, 1101, 16)
+    dout = torch.randn(1, 8, 1041, 16, generator=torch.Generator().manual_seed(0))
+
+    def gradients(dtype: torch.dtype, backend: str) -> tuple[Tensor, ...]:
+        leaves = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        out = attention(*leaves, backend=backend, **options)
+        return torch.autograd.grad(out, leaves, dout.to(dtype))
+
+    exact, plain = gradients(torch.float64, "eager"), gradients(torch.float32, "eager")
+    with cpu_modules.use_isa(isa):
+        ours = gradients(torch.float32, "cpu")
+    for name, actual, other, expected in zip("qkv", ours, plain, exact, strict=True):
+        allowed = allowed_error(other, expected, torch.float32)
+        assert max_error(actual, expected) <= allowed, f"d{name}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
