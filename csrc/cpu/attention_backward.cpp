@@ -65,6 +65,12 @@ class BackwardTask {
   static constexpr int64_t kDepth = Operand<E>::kDepth;
   static constexpr int64_t kKeyUnit = std::max(kLanes, kHalfRows);  // tiles of dk and dv lie inside of one
   static constexpr int64_t kKeyPanel = depth_of<E>(kMaxTaskKeys) * kLanes;
+  static constexpr int64_t kSumKeys = 128;
+  static constexpr std::array<A, kHalfRows> kOnes = [] {
+    std::array<A, kHalfRows> ones{};
+    for (A& one : ones) one = 1;
+    return ones;
+  }();
   static constexpr int64_t kBlockPanel = depth_of<E>(kBlockRows<E>) * kLanes;
   static_assert(kBlockRows<E> % kStripRows == 0 && kStripRows % kDepth == 0);
 
@@ -172,10 +178,17 @@ class BackwardTask {
       const int64_t row = strip.row + half, last_row = std::min(row + kHalfRows, strip.row + strip.rows) - 1;
       const int64_t first = std::max(window_.key_begin(row) - key_begin_, int64_t{0});
       const int64_t last = std::min(window_.key_end_of(last_row), key_end_) - key_begin_;
-      const int64_t steps = first < last ? depth_of<E>(last) - first / kDepth : 0;
-      multiply_values<E>(steps, ds_rows + half * kForwardPitch + (first - begin) / kDepth,
-                         scratch_.keys + first / kDepth * kLanes, kKeyPanel, plan_.panels, nullptr,
-                         dq + half * plan_.panels * kLanes);
+      A* to = dq + half * plan_.panels * kLanes;
+      const A* rescale = nullptr;
+      int64_t key = first;
+      do {  // one sum of so many products would lose more than plain PyTorch's does
+        const int64_t end = std::min(round_down(key, kSumKeys) + kSumKeys, last);
+        multiply_values<E>(key < end ? depth_of<E>(end) - key / kDepth : 0,
+                           ds_rows + half * kForwardPitch + (key - begin) / kDepth,
+                           scratch_.keys + key / kDepth * kLanes, kKeyPanel, plan_.panels, rescale, to);
+        rescale = kOnes.data();
+        key = end;
+      } while (key < last);
     }
   }
 
