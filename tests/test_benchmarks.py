@@ -146,9 +146,10 @@ def test_a_failing_case_is_in_the_report_and_gives_code_1(tmp_path: Path) -> Non
     assert finished.returncode == 1, finished.stdout + finished.stderr
     assert "leedl_fast is outside the allowed error" in finished.stdout
     results = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert len(results["failures"]) == len(results["cases"]) == 5
+    assert len(results["failures"]) == len(results["cases"]) >= 5
     assert not any(r.ours(case)["accurate"] for case in results["cases"])
-    assert (tmp_path / "report" / "index.html").read_text().count('class="failure"') == 5
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count('class="failure"') == len(results["failures"])
 
 
 def test_a_plan_interleaves_and_times_each_function() -> None:
