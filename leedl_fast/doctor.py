@@ -59,6 +59,8 @@ def _states(backend: str) -> list[tuple[str, str]]:
     for isa in cpu_modules.ISAS:
         if isa in cpu_modules.modules():
             state = "[green]runs, in use[/]" if isa == cpu_modules.isa() else "[green]runs[/]"
+            products = cpu_modules.modules()[isa].bfloat16_products()
+            state += f", bfloat16 attention on {products}"
         else:
             state = f"[yellow]does not run[/]: {cpu_modules.reasons()[isa]}"
         rows.append((f"cpu ({isa})", state))

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import leedl_fast
 from leedl_fast import files
+from leedl_fast.backends import cpu_modules
 from leedl_fast.cli import app
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
 
@@ -92,10 +93,14 @@ def test_data_lists_the_sources():
     assert_refused(run("data", "fetch", "nothing"), "data set must be one of")
 
 
-def test_doctor():
+def test_doctor(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no state is wrapped
     result = run("doctor")
     assert result.exit_code == 0
     assert "eager" in result.stdout
+    for isa, module in cpu_modules.modules().items():
+        line = next(line for line in result.stdout.splitlines() if f"cpu ({isa})" in line)
+        assert f"bfloat16 attention on {module.bfloat16_products()}" in line
 
 
 def test_sample_streams_text(folder):

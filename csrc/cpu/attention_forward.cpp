@@ -1,13 +1,17 @@
 // Attention, forward: one task owns the query rows [row_begin, row_end) of the query heads that share one key head.
 //
-// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of kStripRows
+// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of strip_rows
 // queries computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds
 // P . V to its output (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1).
 // Where a strip sees few keys one block holds them all, nothing is ever rescaled, and the block moves on with the
-// strips. Strips begin at multiples of kStripRows and blocks at positions that depend on the sizes of the problem alone,
+// strips. Strips begin at multiples of strip_rows and blocks at positions that depend on the sizes of the problem alone,
 // so how rows are divided into tasks changes no result.
+//
+// On AMX a strip has twice the rows, two tiles, and both products go along the depth in whole tiles, over zeros where
+// there is no more; between the products nothing differs.
+#include "amx.h"
 #include "attention_output.h"
-#include "attention_products.h"
+#include "attention_softmax.h"
 
 namespace leedl {
 namespace {
@@ -18,10 +22,17 @@ constexpr int64_t kPackedTogether = 64;       // keys, where the block moves on
 constexpr int64_t kSinglePassRows = 4032;     // rows of a task, where one block holds all that it sees
 constexpr int64_t kBlockRows = 1008;    // rows of a task, over all heads of the group, where it walks over many blocks
 constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than this
+constexpr int64_t kMaxStripRows = 2 * kStripRows;
+constexpr int64_t kAmxBlockKeys = 256;  // the scores of twice the rows, in the same cache
+constexpr int64_t kAmxKeys = 2 * kTileSize;  // of one step along the keys
 static_assert(kMaxColumns <= kForwardPitch);
 
 // How a problem is cut into tasks and blocks.
 struct Plan {
+  bool amx;
+  int64_t strip_rows;
+  int64_t depth;        // elements of a packed key
+  int64_t value_depth;  // elements of a column of packed values
   bool single_pass;
   int64_t task_rows, chunks;
   int64_t tasks, blocks;  // of one sample: num_heads_k * chunks, and none
@@ -33,17 +44,21 @@ struct Plan {
     const int64_t threads = std::max(options.num_threads, 1);
     constexpr int64_t kLanes = Vec<Accumulate<T>>::kSize;
     Plan plan;
+    plan.amx = std::is_same_v<E, BFloat16Pair> && multiplies_on_amx();
+    plan.strip_rows = plan.amx ? kMaxStripRows : kStripRows;
+    plan.depth = plan.amx ? round_up(depth_of<E>(s.head_dim), kTileSize) : depth_of<E>(s.head_dim);
     plan.panels_v = (s.head_dim_v + kLanes - 1) / kLanes;
     const int64_t span = options.window_left + options.window_right;
-    const int64_t strip_columns = std::min(kStripRows + span + 2 * kLanes, s.seqlen_k + kLanes);
+    const int64_t strip_columns = std::min(plan.strip_rows + span + 2 * kLanes, s.seqlen_k + kLanes);
     plan.single_pass = strip_columns <= kMaxColumns;
 
-    const int64_t strips = (s.seqlen_q + kStripRows - 1) / kStripRows;
+    const int64_t strips = (s.seqlen_q + plan.strip_rows - 1) / plan.strip_rows;
     const int64_t max_strips =
-        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kStripRows, 1);
-    const int64_t wanted_strips = std::max<int64_t>(strips * s.batch * s.num_heads_k / (kTasksPerThread * threads), 4);
+        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / plan.strip_rows, 1);
+    const int64_t wanted_strips = std::max<int64_t>(strips * s.batch * s.num_heads_k / (kTasksPerThread * threads),
+                                                    4 * kStripRows / plan.strip_rows);
     const int64_t task_strips = std::min({wanted_strips, max_strips, std::max<int64_t>(strips, 1)});
-    plan.task_rows = task_strips * kStripRows;
+    plan.task_rows = task_strips * plan.strip_rows;
     plan.chunks = (strips + task_strips - 1) / task_strips;
     plan.tasks = s.num_heads_k * plan.chunks;
     plan.blocks = 0;
@@ -54,8 +69,9 @@ struct Plan {
       const int64_t seen = std::min(plan.task_rows + span + kLanes, s.seqlen_k);
       plan.block_keys = round_up(std::min(seen, std::max(2 * fitting, strip_columns + 2 * kPackedTogether)), kLanes);
     } else {
-      plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, 512), 64);
+      plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, plan.amx ? kAmxBlockKeys : 512), 64);
     }
+    plan.value_depth = depth_of<E>(plan.block_keys + (plan.amx ? kAmxKeys / 2 : 0));
     return plan;
   }
 };
@@ -63,93 +79,37 @@ struct Plan {
 // The memory of one thread. E is what operands hold, A what is summed; see Operand.
 template <typename E, typename A = typename Operand<E>::Sum>
 struct Scratch {
-  E* keys;           // [block_keys / W] panels of [depth(head_dim)][W]
-  E* values;         // [panels_v] panels of [depth(block_keys)][W]
-  E* queries;        // [kStripRows][kHeadPitch]
-  A* scores;         // [kStripRows][kForwardPitch]
+  E* keys;           // [block_keys / W] panels of [plan.depth][W]
+  E* values;         // [panels_v] panels of [value_depth][W]
+  E* queries;        // [strip_rows][kHeadPitch]
+  A* scores;         // [strip_rows][kForwardPitch]
   E* probabilities;  // the same; the scores themselves where E is A
-  A* out;            // per strip [kStripRows][panels_v * W], not yet divided by the sum
-  A* row_max;        // per strip [kStripRows]
-  A* row_sum;        // per strip [kStripRows]
+  A* out;            // per strip [strip_rows][panels_v * W], not yet divided by the sum
+  A* row_max;        // per strip [strip_rows]
+  A* row_sum;        // per strip [strip_rows]
   A* factors;        // of dropout [kForwardPitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s, const Plan& plan) {
     constexpr int64_t kLanes = Vec<A>::kSize;
-    const int64_t strips = plan.single_pass ? 1 : s.group() * plan.task_rows / kStripRows;
+    const int64_t rows = plan.single_pass ? plan.strip_rows : s.group() * plan.task_rows;
     ByteArena arena(base);
-    arena.take(keys, plan.block_keys * depth_of<E>(s.head_dim));
-    arena.take(values, depth_of<E>(plan.block_keys) * plan.panels_v * kLanes);
-    arena.take(queries, kStripRows * kHeadPitch);
-    arena.take(scores, kStripRows * kForwardPitch);
+    arena.take(keys, plan.block_keys * plan.depth);
+    arena.take(values, plan.value_depth * plan.panels_v * kLanes);
+    arena.take(queries, plan.strip_rows * kHeadPitch);
+    arena.take(scores, plan.strip_rows * kForwardPitch);
     if constexpr (std::is_same_v<E, A>) {
       probabilities = scores;
     } else {
-      arena.take(probabilities, kStripRows * kForwardPitch);
+      arena.take(probabilities, plan.strip_rows * kForwardPitch);
     }
-    arena.take(out, strips * kStripRows * plan.panels_v * kLanes);
-    arena.take(row_max, strips * kStripRows);
-    arena.take(row_sum, strips * kStripRows);
+    arena.take(out, rows * plan.panels_v * kLanes);
+    arena.take(row_max, rows);
+    arena.take(row_sum, rows);
     arena.take(factors, kForwardPitch);
     bytes = arena.taken();
   }
 };
-
-// Replaces the scores of a strip by exp2((score - maximum) * factor), where the maximum includes that of earlier
-// blocks; adds to the sums; rescale[row] is what outputs and sums so far must be multiplied by. Rows go in pairs, so
-// that two chains of maxima or sums run side by side.
-template <typename T>
-__attribute__((noinline)) void softmax_rows(T* scores, int64_t columns, T factor, T* row_max, T* row_sum, T* rescale) {
-  static_assert(kStripRows % 2 == 0);
-  constexpr int64_t kLanes = Vec<T>::kSize;
-  alignas(64) T largest[kStripRows], offsets[kStripRows], sums[kStripRows] = {};
-  std::copy(row_max, row_max + kStripRows, largest);
-  const Vec<T> scale = Vec<T>::broadcast(factor);
-  for (int64_t row = 0; row < kStripRows; row += 2) {
-    const T* score = scores + row * kForwardPitch;
-    Vec<T> top0 = Vec<T>::broadcast(row_max[row]), top1 = Vec<T>::broadcast(row_max[row + 1]);
-    Vec<T> odd0 = top0, odd1 = top1;
-    int64_t column = 0;
-    for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
-      top0 = max(Vec<T>::load(score + column), top0);
-      odd0 = max(Vec<T>::load(score + column + kLanes), odd0);
-      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
-      odd1 = max(Vec<T>::load(score + kForwardPitch + column + kLanes), odd1);
-    }
-    if (column < columns) {
-      top0 = max(Vec<T>::load(score + column), top0);
-      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
-    }
-    largest[row] = reduce_max(max(odd0, top0));
-    largest[row + 1] = reduce_max(max(odd1, top1));
-  }
-  for (int64_t row = 0; row < kStripRows; row += kLanes) {
-    // A row that has seen no key yet keeps -inf, but subtracts 0: -inf - -inf would be NaN.
-    const Vec<T> now = Vec<T>::load(largest + row);
-    const Vec<T> offset = zero_below(now, std::numeric_limits<T>::lowest(), now);
-    exp2(Vec<T>::load(row_max + row) - offset, scale).store(rescale + row);
-    offset.store(offsets + row);
-    now.store(row_max + row);
-  }
-  for (int64_t row = 0; row < kStripRows; row += 2) {
-    T* score = scores + row * kForwardPitch;
-    const Vec<T> offset0 = Vec<T>::broadcast(offsets[row]), offset1 = Vec<T>::broadcast(offsets[row + 1]);
-    Vec<T> sum0 = Vec<T>::zero(), sum1 = Vec<T>::zero();
-    for (int64_t column = 0; column < columns; column += kLanes) {
-      const Vec<T> p0 = exp2(Vec<T>::load(score + column) - offset0, scale);
-      const Vec<T> p1 = exp2(Vec<T>::load(score + kForwardPitch + column) - offset1, scale);
-      p0.store(score + column);
-      p1.store(score + kForwardPitch + column);
-      sum0 = sum0 + p0;
-      sum1 = sum1 + p1;
-    }
-    sums[row] = reduce_add(sum0);
-    sums[row + 1] = reduce_add(sum1);
-  }
-  for (int64_t row = 0; row < kStripRows; row += kLanes) {
-    mul_add(Vec<T>::load(row_sum + row), Vec<T>::load(rescale + row), Vec<T>::load(sums + row)).store(row_sum + row);
-  }
-}
 
 template <typename T, typename E>
 class ForwardTask {
@@ -167,6 +127,8 @@ class ForwardTask {
   void run(const Plan& plan, const Sample& sample, int64_t index) {
     plan_ = plan;
     scratch_ = Scratch<E>(base_, sizes_, plan);
+    const TileRegisters registers(amx());
+    if (plan.depth > depth_of<E>(sizes_.head_dim)) std::fill_n(scratch_.queries, plan.strip_rows * kHeadPitch, E{});
     sample_ = sample;
     window_ = sample.window;
     const int64_t row_begin = (plan.chunks - 1 - index / sizes_.num_heads_k) * plan.task_rows;
@@ -176,14 +138,14 @@ class ForwardTask {
     const int64_t key_end = window_.key_end_of(row_end - 1);
     const int64_t first_head = head_k * sizes_.group();
     for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-      for (int64_t row = row_begin; row < row_end; row += kStripRows) {
+      for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
         if (window_.key_begin(row) < window_.key_end_of(last_row(row))) continue;
         for (int64_t r = row; r <= last_row(row); ++r) writer_.write_masked(sample_, head, r);
       }
     }
     if (plan_.single_pass) {
       block_begin_ = packed_end_ = round_down(key_begin, kLanes);
-      for (int64_t row = row_begin; row < row_end; row += kStripRows) {
+      for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
         hold(head_k, window_.key_begin(row), window_.key_end_of(last_row(row)), key_end);
         for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) strip(head, row, 0);
       }
@@ -193,8 +155,8 @@ class ForwardTask {
       block_begin_ = packed_end_ = begin;
       pack(head_k, std::min(begin + plan_.block_keys, key_end));
       for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-        for (int64_t row = row_begin; row < row_end; row += kStripRows) {
-          strip(head, row, ((head - first_head) * plan_.task_rows + row - row_begin) / kStripRows);
+        for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
+          strip(head, row, ((head - first_head) * plan_.task_rows + row - row_begin) / strip_rows());
         }
       }
     }
@@ -205,17 +167,33 @@ class ForwardTask {
   static constexpr int64_t kLanes = Vec<A>::kSize;
   static constexpr int64_t kDepth = Operand<E>::kDepth;
 
-  int64_t last_row(int64_t row) const { return std::min(row + kStripRows, window_.seqlen_q) - 1; }
-  int64_t panel_stride() const { return depth_of<E>(plan_.block_keys) * kLanes; }
+  bool amx() const {
+    if constexpr (std::is_same_v<E, BFloat16Pair>) return plan_.amx;
+    return false;
+  }
+  int64_t strip_rows() const { return amx() ? kMaxStripRows : kStripRows; }
+  int64_t last_row(int64_t row) const { return std::min(row + strip_rows(), window_.seqlen_q) - 1; }
+  int64_t panel_stride() const { return plan_.value_depth * kLanes; }
 
   // Packs the keys from packed_end_, a multiple of the lanes beyond block_begin_, to `end`.
   void pack(int64_t head_k, int64_t end) {
     const int64_t at = packed_end_ - block_begin_, keys = end - packed_end_;
-    pack_transposed(scratch_.keys + at * depth_of<E>(sizes_.head_dim), args_.k.key(sample_, head_k, packed_end_),
-                    args_.k.seq_stride, keys, sizes_.head_dim);
+    const T* k = args_.k.key(sample_, head_k, packed_end_);
+    if constexpr (std::is_same_v<E, BFloat16Pair>) {
+      pack_transposed(scratch_.keys + at * plan_.depth, k, args_.k.seq_stride, keys, sizes_.head_dim, plan_.depth);
+    } else {
+      pack_transposed(scratch_.keys + at * plan_.depth, k, args_.k.seq_stride, keys, sizes_.head_dim);
+    }
     pack_panels(scratch_.values + at / kDepth * kLanes, panel_stride(), args_.v.key(sample_, head_k, packed_end_),
                 args_.v.seq_stride, keys, sizes_.head_dim_v);
     packed_end_ = end;
+    if (!amx()) return;
+    // Products may go on for less than kAmxKeys beyond the last panel of keys.
+    const int64_t first = depth_of<E>(end - block_begin_);
+    const int64_t last = depth_of<E>(round_up(end - block_begin_, kLanes) + kAmxKeys - kLanes);
+    for (int64_t panel = 0; panel < plan_.panels_v; ++panel) {
+      std::fill_n(scratch_.values + panel * panel_stride() + first * kLanes, (last - first) * kLanes, E{});
+    }
   }
 
   // Moves the block on to hold the keys [begin, end) of a strip; the task sees none from key_end on.
@@ -223,8 +201,8 @@ class ForwardTask {
     if (end <= packed_end_) return;
     if (end - block_begin_ > plan_.block_keys) {
       const int64_t from = round_down(begin, kLanes) - block_begin_;
-      const int64_t kept = packed_end_ - block_begin_ - from, depth = depth_of<E>(sizes_.head_dim);
-      std::memmove(scratch_.keys, scratch_.keys + from * depth, kept * depth * sizeof(E));
+      const int64_t kept = packed_end_ - block_begin_ - from;
+      std::memmove(scratch_.keys, scratch_.keys + from * plan_.depth, kept * plan_.depth * sizeof(E));
       for (int64_t panel = 0; panel < plan_.panels_v; ++panel) {
         E* values = scratch_.values + panel * panel_stride();
         std::memmove(values, values + from / kDepth * kLanes, kept / kDepth * kLanes * sizeof(E));
@@ -244,21 +222,22 @@ class ForwardTask {
     const int64_t end = std::min(strip_end, packed_end_) - block_begin_;
     if (begin >= end) return;
 
-    A* row_max = scratch_.row_max + local * kStripRows;
-    A* row_sum = scratch_.row_sum + local * kStripRows;
+    A* row_max = scratch_.row_max + local * strip_rows();
+    A* row_sum = scratch_.row_sum + local * strip_rows();
     const bool first = strip_begin >= block_begin_;
-    if (first) scores_.start(head, row_max, row_sum);
-
-    pack_rows<kStripRows, kHeadPitch>(scratch_.queries, args_.q.query(sample_, head, row), args_.q.seq_stride, rows,
-                                     sizes_.head_dim, scores_.scale().sign);
+    const int64_t padded = round_up(rows, kStripRows);
+    for (int64_t r = 0; r < padded; r += kStripRows) {
+      if (first) scores_.start(head, row_max + r, row_sum + r);
+      pack_rows<kStripRows, kHeadPitch>(scratch_.queries + r * kHeadPitch, args_.q.query(sample_, head, row + r),
+                                        args_.q.seq_stride, std::min(kStripRows, rows - r), sizes_.head_dim,
+                                        scores_.scale().sign);
+    }
     // Columns of the scores count from column_begin, a multiple of W, so that a strip uses the same few cache lines
     // always.
     const int64_t column_begin = round_down(begin, kLanes);
     const int64_t columns = round_up(end, kLanes) - column_begin;
-    const int64_t depth = depth_of<E>(sizes_.head_dim);
     A* scores = scratch_.scores;
-    multiply_scores(score_runs(rows), depth, scratch_.queries, scratch_.keys + column_begin * depth, columns / kLanes,
-                    scores);
+    multiply_queries(rows, column_begin, columns);
 
     const int64_t origin = block_begin_ + column_begin;
     if (scores_.modified()) {
@@ -273,11 +252,14 @@ class ForwardTask {
       }
     }
 
-    alignas(64) A rescale[kStripRows];
+    alignas(64) A rescale[kMaxStripRows];
     if (scores_.softmax()) {
-      softmax_rows(scores, columns, scores_.scale().factor, row_max, row_sum, rescale);
+      for (int64_t r = 0; r < padded; r += kStripRows) {
+        softmax_rows(scores + r * kForwardPitch, columns, scores_.scale().factor, row_max + r, row_sum + r,
+                     rescale + r);
+      }
     } else {
-      std::fill_n(rescale, kStripRows, A(1));
+      std::fill_n(rescale, padded, A(1));
       for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kForwardPitch, columns);
     }
     if (scores_.drops()) {
@@ -286,17 +268,47 @@ class ForwardTask {
         multiply_row(scores + r * kForwardPitch, scratch_.factors, columns);
       }
     }
+    const int64_t pitch = plan_.panels_v * kLanes;
+    A* out = scratch_.out + local * strip_rows() * pitch;
+    if (amx() && !first) {  // before P is packed: tiles wait for stores that are still on their way
+      for (int64_t r = 0; r < padded; ++r) scale_row(out + r * pitch, pitch, rescale[r]);
+    }
     if constexpr (!std::is_same_v<E, A>) {
-      for (int64_t r = 0; r < kStripRows; ++r) {
+      for (int64_t r = 0; r < padded; ++r) {
         pack_row(scratch_.probabilities + r * kForwardPitch, scores + r * kForwardPitch, columns);
       }
     }
-    A* out = scratch_.out + local * kStripRows * plan_.panels_v * kLanes;
-    for (int64_t half = 0; half < rows; half += kHalfRows) {
-      add_values(row + half, half, column_begin, first ? nullptr : rescale + half,
-                 out + half * plan_.panels_v * kLanes);
+    if (amx()) {
+      add_values_on_amx(rows, column_begin, columns, !first, out);
+    } else {
+      for (int64_t half = 0; half < rows; half += kHalfRows) {
+        add_values(row + half, half, column_begin, first ? nullptr : rescale + half, out + half * pitch);
+      }
     }
     if (strip_end <= packed_end_) write(head, row, rows, local);
+  }
+
+  // scores = Q . K^T for the keys [column_begin, column_begin + columns) of the block.
+  void multiply_queries(int64_t rows, int64_t column_begin, int64_t columns) {
+    const E* keys = scratch_.keys + column_begin * plan_.depth;
+    if constexpr (std::is_same_v<E, BFloat16Pair>) {
+      if (plan_.amx) {
+        const AmxPanels panels{keys, plan_.depth * kLanes, kLanes};
+        return multiply_on_amx(rows, plan_.depth, {scratch_.queries, kHeadPitch}, panels, columns / kLanes, false,
+                               {scratch_.scores, kForwardPitch});
+      }
+    }
+    multiply_scores(score_runs(rows), plan_.depth, scratch_.queries, keys, columns / kLanes, scratch_.scores);
+  }
+
+  // out = P . V, or out + P . V where `add`: P is 0 and V finite where a row does not see a key.
+  void add_values_on_amx([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t column_begin,
+                         [[maybe_unused]] int64_t columns, [[maybe_unused]] bool add, [[maybe_unused]] A* out) {
+    if constexpr (std::is_same_v<E, BFloat16Pair>) {
+      const AmxPanels panels{scratch_.values + column_begin / kDepth * kLanes, panel_stride(), kLanes};
+      multiply_on_amx(rows, depth_of<E>(columns), {scratch_.probabilities, kForwardPitch}, panels, plan_.panels_v, add,
+                      {out, plan_.panels_v * kLanes});
+    }
   }
 
   // out = out * rescale + P . V over the keys that kHalfRows rows see, exactly: others may hold NaN.
@@ -312,15 +324,15 @@ class ForwardTask {
 
   void write(int64_t head, int64_t row, int64_t rows, int64_t local) {
     const int64_t pitch = plan_.panels_v * kLanes;
-    const A* row_max = scratch_.row_max + local * kStripRows;
-    const A* row_sum = scratch_.row_sum + local * kStripRows;
-    alignas(64) A inverse[kStripRows], logarithm[kStripRows];
-    for (int64_t r = 0; r < kStripRows; r += kLanes) {
+    const A* row_max = scratch_.row_max + local * strip_rows();
+    const A* row_sum = scratch_.row_sum + local * strip_rows();
+    alignas(64) A inverse[kMaxStripRows], logarithm[kMaxStripRows];
+    for (int64_t r = 0; r < rows; r += kLanes) {
       const Vec<A> sum = Vec<A>::load(row_sum + r);
       (Vec<A>::broadcast(scores_.kept()) / sum).store(inverse + r);
       mul_add(Vec<A>::load(row_max + r), Vec<A>::broadcast(scores_.scale().lse_scale), log(sum)).store(logarithm + r);
     }
-    const A* from = scratch_.out + local * kStripRows * pitch;
+    const A* from = scratch_.out + local * strip_rows() * pitch;
     for (int64_t r = 0; r < rows; ++r, from += pitch) {
       if (row_sum[r] == 0) {
         writer_.write_masked(sample_, head, row + r);

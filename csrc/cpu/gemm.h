@@ -369,12 +369,12 @@ constexpr std::array<uint16_t, sizeof...(kWord)> interleaved_halves(std::index_s
 
 }  // namespace detail
 
-// pack_transposed for pairs: `depth` counts numbers, panels have depth_of<BFloat16Pair>(depth) vectors.
+// pack_transposed for pairs: `depth` counts numbers, panels have `pairs` vectors, which are zeros beyond the depth: as
+// many as the depth needs, or the next multiple of W.
 __attribute__((noinline)) inline void pack_transposed(BFloat16Pair* __restrict__ panels,
                                                       const BFloat16* __restrict__ source, int64_t stride,
-                                                      int64_t rows, int64_t depth) {
+                                                      int64_t rows, int64_t depth, int64_t pairs) {
   constexpr int64_t kLanes = Vec<float>::kSize;
-  const int64_t pairs = depth_of<BFloat16Pair>(depth);
   for (int64_t row = 0; row < rows; row += kLanes) {
     int64_t k = 0;
     if (row + kLanes <= rows) {
@@ -396,6 +396,10 @@ __attribute__((noinline)) inline void pack_transposed(BFloat16Pair* __restrict__
     }
     panels += pairs * kLanes;
   }
+}
+
+inline void pack_transposed(BFloat16Pair* panels, const BFloat16* source, int64_t stride, int64_t rows, int64_t depth) {
+  pack_transposed(panels, source, stride, rows, depth, depth_of<BFloat16Pair>(depth));
 }
 
 // pack_panels for pairs: one vector for every two rows of the source, the last with zeros if it has a row too few.

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "amx.h"
 #include "entry_points.h"
 #include "tensors.h"
 
@@ -38,6 +39,8 @@ bool processor_can_run() {
 PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   m.doc() = "CPU kernels of leedl_fast. Outputs are filled, never allocated; nothing is checked here.";
   m.def("processor_can_run", &processor_can_run);
+  m.def("bfloat16_products", &leedl::bfloat16_products);
+  m.def("use_amx", &leedl::use_amx);
 
   namespace entry_points = leedl::entry_points;
   using ReleaseGil = pybind11::call_guard<pybind11::gil_scoped_release>;

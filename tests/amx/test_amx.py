@@ -1,0 +1,44 @@
+"""AMX in processes of their own, where an illegal instruction ends no other test."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from libraries import FOLDER, processor_has_amx
+
+from leedl_fast.backends import cpu_modules
+
+
+def run_file(name: str) -> None:
+    # pytest's handler of SIGILL would take the emulator's place.
+    command = [sys.executable, "-m", "pytest", "--quiet", "--no-header"]
+    options = ["-p", "no:cacheprovider", "-p", "no:faulthandler", str(FOLDER / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
+    assert " passed" in result.stdout
+
+
+def test_products_are_what_the_processor_has() -> None:
+    for isa, module in cpu_modules.modules().items():
+        if isa != "avx512":
+            assert module.bfloat16_products() == "float32"
+        elif processor_has_amx():
+            assert module.bfloat16_products() == "AMX"
+        else:
+            assert module.bfloat16_products() in ("AVX512-BF16", "float32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the emulator is written for Linux")
+def test_instructions() -> None:
+    run_file("emulated_instructions.py")
+
+
+def test_attention() -> None:
+    module = cpu_modules.modules().get("avx512")
+    if module is None:
+        pytest.skip(cpu_modules.reasons()["avx512"])
+    if module.bfloat16_products() == "float32":
+        pytest.skip("this processor has no AVX512-BF16, which every processor with AMX has")
+    run_file("emulated_attention.py")
