@@ -14,7 +14,7 @@ def run_file(name: str) -> None:
     # pytest's handler of SIGILL would take the emulator's place.
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header"]
     options = ["-p", "no:cacheprovider", "-p", "no:faulthandler", str(FOLDER / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout
