@@ -19,7 +19,7 @@ namespace {
 
 // CPUID.(7, 0).EDX has AMX-BF16 in bit 22 and AMX-TILE in bit 24; XCR0 says in bits 17 and 18 that the system saves the
 // tiles; and Linux makes room for them only for a process that asks.
-bool find_amx() {
+bool enable_amx() {
   constexpr unsigned kOsxsave = 1u << 27, kAmx = (1u << 22) | (1u << 24), kTileState = (1u << 17) | (1u << 18);
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
   unsigned a, b, c, d;
@@ -32,12 +32,12 @@ bool find_amx() {
 
 #else
 
-bool find_amx() { return false; }
+bool enable_amx() { return false; }
 
 #endif
 
 std::atomic<bool>& amx_in_use() {
-  static std::atomic<bool> in_use{find_amx()};
+  static std::atomic<bool> in_use{enable_amx()};
   return in_use;
 }
 
@@ -95,7 +95,9 @@ void multiply_block(int64_t depth, AmxRows a, AmxPanels b, bool add, AmxSums c) 
       multiply_add<tile, kA, kB>();
     });
   }
-  for_each(kTilesOfC, [&](auto tile) __attribute__((always_inline)) { store<tile>(tile_of_c(tile), c.stride * kNumber); });
+  for_each(kTilesOfC, [&](auto tile) __attribute__((always_inline)) {
+    store<tile>(tile_of_c(tile), c.stride * kNumber);
+  });
 }
 
 // kRows tiles of A against all panels, in blocks of four tiles of C.

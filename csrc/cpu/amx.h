@@ -1,8 +1,9 @@
-// Products of bfloat16 matrices on AMX, the tile registers of Intel's processors (see Programming with Intel AMX in the
-// Software Developer's Manual, volume 1, and the chapter on AMX in the Optimization Reference Manual).
+// Products of bfloat16 matrices on AMX, the tile registers of Intel's processors: see the chapters on AMX in the
+// Software Developer's Manual, volume 1, and in the Optimization Reference Manual.
 //
 // A register holds 16 rows of 64 bytes. One instruction adds 16 x 16 sums of 32 products each: A comes as rows of 16
-// pairs, B as 16 vectors of a panel (gemm.h), C is float. Two by two accumulators meet each A and each B that is loaded.
+// pairs, B as 16 vectors of a panel (gemm.h), C is float. Products go in blocks of two by two tiles of C, so that each
+// tile of A and of B is loaded for two of them.
 #pragma once
 
 #include "gemm.h"
@@ -51,8 +52,8 @@ struct AmxSums {
   int64_t stride;
 };
 
-// C = A . B, or C + A . B where `add`. All of a tile is read and written: rows are rounded up to kTileSize, and so is the
-// depth, in pairs.
+// C = A . B, or C + A . B where `add`. Tiles are read and written whole: rows are rounded up to kTileSize, and so is
+// the depth, in pairs.
 void multiply_on_amx(int64_t rows, int64_t depth, AmxRows a, AmxPanels b, int64_t panels, bool add, AmxSums c);
 
 }  // namespace leedl

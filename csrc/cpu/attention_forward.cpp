@@ -1,11 +1,11 @@
 // Attention, forward: one task owns the query rows [row_begin, row_end) of the query heads that share one key head.
 //
-// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of strip_rows
-// queries computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds
+// A task walks over blocks of keys. It packs a block's keys (transposed) and values once; then every strip of queries
+// computes its scores S = Q . K^T against the keys that it sees, updates its running maximum and sum, and adds
 // P . V to its output (online softmax, Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022, algorithm 1).
 // Where a strip sees few keys one block holds them all, nothing is ever rescaled, and the block moves on with the
-// strips. Strips begin at multiples of strip_rows and blocks at positions that depend on the sizes of the problem alone,
-// so how rows are divided into tasks changes no result.
+// strips. Strips begin at multiples of their rows and blocks at positions that depend on the sizes of the problem
+// alone, so how rows are divided into tasks changes no result.
 //
 // On AMX a strip has twice the rows, two tiles, and both products go along the depth in whole tiles, over zeros where
 // there is no more; between the products nothing differs.
@@ -22,9 +22,9 @@ constexpr int64_t kPackedTogether = 64;       // keys, where the block moves on
 constexpr int64_t kSinglePassRows = 4032;     // rows of a task, where one block holds all that it sees
 constexpr int64_t kBlockRows = 1008;    // rows of a task, over all heads of the group, where it walks over many blocks
 constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than this
-constexpr int64_t kMaxStripRows = 2 * kStripRows;
-constexpr int64_t kAmxBlockKeys = 256;  // the scores of twice the rows, in the same cache
-constexpr int64_t kAmxKeys = 2 * kTileSize;  // of one step along the keys
+constexpr int64_t kMaxStripRows = 2 * kStripRows;  // on AMX
+constexpr int64_t kAmxBlockKeys = 256;             // so that scores of twice the rows take no more of the cache
+constexpr int64_t kAmxStepKeys = 2 * kTileSize;    // of a step of P . V
 static_assert(kMaxColumns <= kForwardPitch);
 
 // How a problem is cut into tasks and blocks.
@@ -71,7 +71,7 @@ struct Plan {
     } else {
       plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, plan.amx ? kAmxBlockKeys : 512), 64);
     }
-    plan.value_depth = depth_of<E>(plan.block_keys + (plan.amx ? kAmxKeys / 2 : 0));
+    plan.value_depth = depth_of<E>(plan.block_keys + (plan.amx ? kAmxStepKeys / 2 : 0));
     return plan;
   }
 };
@@ -188,9 +188,9 @@ class ForwardTask {
                 args_.v.seq_stride, keys, sizes_.head_dim_v);
     packed_end_ = end;
     if (!amx()) return;
-    // Products may go on for less than kAmxKeys beyond the last panel of keys.
+    // Products may go on for less than kAmxStepKeys beyond the last panel of keys.
     const int64_t first = depth_of<E>(end - block_begin_);
-    const int64_t last = depth_of<E>(round_up(end - block_begin_, kLanes) + kAmxKeys - kLanes);
+    const int64_t last = depth_of<E>(round_up(end - block_begin_, kLanes) + kAmxStepKeys - kLanes);
     for (int64_t panel = 0; panel < plan_.panels_v; ++panel) {
       std::fill_n(scratch_.values + panel * panel_stride() + first * kLanes, (last - first) * kLanes, E{});
     }

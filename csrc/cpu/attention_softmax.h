@@ -7,11 +7,12 @@
 
 namespace leedl {
 
-// Replaces the scores of kStripRows rows by exp2((score - maximum) * factor), where the maximum includes that of earlier
-// blocks; adds to the sums; rescale[row] is what outputs and sums so far must be multiplied by. Rows go in pairs, so
-// that two chains of maxima or sums run side by side.
+// Replaces the scores of kStripRows rows by exp2((score - maximum) * factor), where the maximum includes that of
+// earlier blocks; adds to the sums; rescale[row] is what outputs and sums so far must be multiplied by. Rows go in
+// pairs, so that two chains of maxima or sums run side by side.
 template <typename T>
-__attribute__((noinline)) inline void softmax_rows(T* scores, int64_t columns, T factor, T* row_max, T* row_sum, T* rescale) {
+__attribute__((noinline)) inline void softmax_rows(T* scores, int64_t columns, T factor, T* row_max, T* row_sum,
+                                                   T* rescale) {
   static_assert(kStripRows % 2 == 0);
   constexpr int64_t kLanes = Vec<T>::kSize;
   alignas(64) T largest[kStripRows], offsets[kStripRows], sums[kStripRows] = {};

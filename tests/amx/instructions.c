@@ -89,7 +89,8 @@ AMX void multiply_on_the_last_tiles(const void* config, void* c, const void* a, 
   BARRIER();
 }
 
-// The same tile, rows 128 bytes apart from `from` on, by eight forms of address into eight places of `to`, 1024 bytes each.
+// The same tile, rows 128 bytes apart from `from` on, by eight forms of address into eight places of `to`, 1024 bytes
+// each.
 void copy_by_every_form_of_address(const void* config, const char* from, char* to) {
   static char here[64] __attribute__((aligned(64)));
   __builtin_memcpy(here, config, 64);

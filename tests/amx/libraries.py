@@ -17,10 +17,14 @@ INSTRUCTIONS = (
 
 
 @cache
-def processor_has_amx() -> bool:
+def processor_has(*flags: str) -> bool:
+    """Whether Linux lists all of these among the processor's features."""
     cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-    return {"amx_tile", "amx_bf16"} <= set(flags)
+    return cpuinfo.exists() and set(flags) <= set(cpuinfo.read_text().split())
+
+
+def processor_has_amx() -> bool:
+    return processor_has("amx_tile", "amx_bf16")
 
 
 @cache

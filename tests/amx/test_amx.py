@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from libraries import FOLDER, processor_has_amx
+from libraries import FOLDER, processor_has, processor_has_amx
 
 from leedl_fast.backends import cpu_modules
 
@@ -30,11 +30,13 @@ def test_products_are_what_the_processor_has() -> None:
             assert module.bfloat16_products() in ("AVX512-BF16", "float32")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the emulator is written for Linux")
+@pytest.mark.timeout(900)  # seconds on a free core, but a test run may have little of one
+@pytest.mark.skipif(not processor_has("avx2", "fma"), reason="the emulator needs AVX2 and FMA")
 def test_instructions() -> None:
     run_file("emulated_instructions.py")
 
 
+@pytest.mark.timeout(900)
 def test_attention() -> None:
     module = cpu_modules.modules().get("avx512")
     if module is None:
