@@ -222,22 +222,6 @@ class Segments {
   int64_t tasks_ = 0, blocks_ = 0;
 };
 
-// scores = A . B for one strip of kTileRows rows, the products of each summed in `runs` runs one after the other.
-template <typename E, typename A>
-inline void score_tile(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, A* scores,
-                       int64_t pitch) {
-  constexpr int64_t kLanes = Vec<A>::kSize;
-  const int64_t run = (depth + runs - 1) / runs;
-  for (int64_t k = 0; k < depth; k += run) {
-    tile_rows<kTileRows, TileLayout<kHeadPitch, 1>>(
-        std::min(run, depth - k), rows + k, panels + k * kLanes, depth * kLanes, count,
-        [&](int64_t row, int64_t panel, Vec<A> value) {
-          A* to = scores + row * pitch + panel * kLanes;
-          (k == 0 ? value : Vec<A>::load(to) + value).store(to);
-        });
-  }
-}
-
 // A query alone is a matrix-vector product, which plain PyTorch sums in many runs; many queries it sums in one.
 constexpr int64_t score_runs(int64_t rows) { return rows == 1 ? 8 : 1; }
 

@@ -137,8 +137,8 @@ class BackwardTask {
     const int64_t columns = round_up(strip.end, kLanes) - begin, cleared = round_up(strip.end, kKeyUnit) - begin;
     A *p, *ds;
     if constexpr (BackwardScratch<E>::kInPlace) {
-      p = scratch_.p + local_row * kForwardPitch + begin;
-      ds = scratch_.ds + local_row * kForwardPitch + begin;
+      p = scratch_.p + local_row * kScorePitch + begin;
+      ds = scratch_.ds + local_row * kScorePitch + begin;
     } else {
       p = scratch_.strip_p;
       ds = scratch_.strip_ds;
@@ -184,7 +184,7 @@ class BackwardTask {
       do {  // one sum of so many products would lose more than plain PyTorch's does
         const int64_t end = std::min(round_down(key, kSumKeys) + kSumKeys, last);
         multiply_values<E>(key < end ? depth_of<E>(end) - key / kDepth : 0,
-                           ds_rows + half * kForwardPitch + (key - begin) / kDepth,
+                           ds_rows + half * kScorePitch + (key - begin) / kDepth,
                            scratch_.keys + key / kDepth * kLanes, kKeyPanel, plan_.panels, rescale, to);
         rescale = kOnes.data();
         key = end;
@@ -228,7 +228,7 @@ class BackwardTask {
     const int64_t columns = to - from, origin = key_begin_ + part.begin + from;
     if (from == cleared) return;
     for (int64_t r = 0; r < part.rows; ++r) {
-      A *p = part.p + r * kForwardPitch + from, *ds = part.ds + r * kForwardPitch + from;
+      A *p = part.p + r * kScorePitch + from, *ds = part.ds + r * kScorePitch + from;
       const int64_t row = part.row + r;
       if (scores_.modified()) scores_.modify(sample_, head, row, origin, columns, p, scratch_.slopes);
       if (scores_.drops()) {
@@ -253,16 +253,16 @@ class BackwardTask {
   // The same as pairs.
   void pack(const Part& part, int64_t from, int64_t columns) {
     if (part.rows % 2 != 0) {
-      std::fill_n(part.p + part.rows * kForwardPitch + from, columns, A(0));
-      std::fill_n(part.ds + part.rows * kForwardPitch + from, columns, A(0));
+      std::fill_n(part.p + part.rows * kScorePitch + from, columns, A(0));
+      std::fill_n(part.ds + part.rows * kScorePitch + from, columns, A(0));
     }
     for (int64_t r = 0; r < part.rows; r += 2) {
-      const int64_t to = (part.local_row + r) / 2 * kForwardPitch + part.begin + from;
-      const A *p = part.p + r * kForwardPitch + from, *ds = part.ds + r * kForwardPitch + from;
-      pack_columns(scratch_.p + to, p, p + kForwardPitch, columns);
-      pack_columns(scratch_.ds + to, ds, ds + kForwardPitch, columns);
-      pack_row(scratch_.ds_rows + r * kForwardPitch + from / 2, ds, columns);
-      pack_row(scratch_.ds_rows + (r + 1) * kForwardPitch + from / 2, ds + kForwardPitch, columns);
+      const int64_t to = (part.local_row + r) / 2 * kScorePitch + part.begin + from;
+      const A *p = part.p + r * kScorePitch + from, *ds = part.ds + r * kScorePitch + from;
+      pack_columns(scratch_.p + to, p, p + kScorePitch, columns);
+      pack_columns(scratch_.ds + to, ds, ds + kScorePitch, columns);
+      pack_row(scratch_.ds_rows + r * kScorePitch + from / 2, ds, columns);
+      pack_row(scratch_.ds_rows + (r + 1) * kScorePitch + from / 2, ds + kScorePitch, columns);
     }
   }
 
@@ -270,16 +270,16 @@ class BackwardTask {
   void pair_gradients(int64_t head, const Part& part, int64_t from, int64_t to) {
     if (from == to) return;
     for (int64_t r = 0; r < part.rows; r += 2) {
-      A *scores = part.p + r * kForwardPitch + from, *ds = part.ds + r * kForwardPitch + from;
+      A *scores = part.p + r * kScorePitch + from, *ds = part.ds + r * kScorePitch + from;
       if (scores_.modified()) {
         for (int64_t i = r; i < std::min(r + 2, part.rows); ++i) {
           scores_.modify(sample_, head, part.row + i, key_begin_ + part.begin + from, to - from,
-                         scores + (i - r) * kForwardPitch, nullptr);
+                         scores + (i - r) * kScorePitch, nullptr);
         }
       }
-      const int64_t pairs = (part.local_row + r) / 2 * kForwardPitch + part.begin + from;
+      const int64_t pairs = (part.local_row + r) / 2 * kScorePitch + part.begin + from;
       score_gradients(statistics_, r, to - from, scores, ds, scratch_.p + pairs, scratch_.ds + pairs,
-                      scratch_.ds_rows + r * kForwardPitch + from / 2);
+                      scratch_.ds_rows + r * kScorePitch + from / 2);
     }
   }
 
@@ -291,7 +291,7 @@ class BackwardTask {
       const int64_t first = std::max(window_.query_begin(key_begin_ + key), row_begin) - row_begin;
       const int64_t last = std::min(window_.query_end_of(key_begin_ + last_key), row_end) - row_begin;
       if (first >= last) continue;
-      add_transposed(depth_of<E>(last) - first / kDepth, a + first / kDepth * kForwardPitch + key,
+      add_transposed(depth_of<E>(last) - first / kDepth, a + first / kDepth * kScorePitch + key,
                      b + first / kDepth * kLanes, kBlockPanel, panels, sums + key * panels * kLanes);
     }
   }

@@ -9,7 +9,7 @@ namespace leedl {
 // it owns depends on the sizes of a sample alone, so that neither threads nor the batch change a result.
 constexpr int64_t kMaxTaskKeys = 512, kMinTaskKeys = 128;
 constexpr int64_t kWantedTasks = 16;  // of a sample
-static_assert(kMaxTaskKeys <= kForwardPitch && kMinTaskKeys % kStripRows == 0);
+static_assert(kMaxTaskKeys <= kScorePitch && kMinTaskKeys % kStripRows == 0);
 
 // Queries of a block, over which one product sums dk and dv.
 template <typename E>
@@ -80,13 +80,13 @@ struct BackwardScratch {
   E* douts;       // [panels_v] panels of [depth(kBlockRows)][W]
   E* query_rows;  // [kStripRows][kHeadPitch]
   E* dout_rows;   // [kStripRows][kHeadPitch]
-  E* p;           // [depth(kBlockRows)][kForwardPitch]
-  E* ds;          // [depth(kBlockRows)][kForwardPitch]
-  E* ds_rows;     // [kStripRows][kForwardPitch], where not in place
+  E* p;           // [depth(kBlockRows)][kScorePitch]
+  E* ds;          // [depth(kBlockRows)][kScorePitch]
+  E* ds_rows;     // [kStripRows][kScorePitch], where not in place
   A* strip_p;     // the same
   A* strip_ds;    // the same
-  A* factors;     // of dropout, [kForwardPitch]
-  A* slopes;      // of softcap, [kForwardPitch]
+  A* factors;     // of dropout, [kScorePitch]
+  A* slopes;      // of softcap, [kScorePitch]
   int64_t bytes;
 
   BackwardScratch(std::byte* base, const AttentionSizes& s, const BackwardPlan& plan) {
@@ -102,15 +102,15 @@ struct BackwardScratch {
     arena.take(douts, depth_of<E>(kBlockRows<E>) * plan.panels_v * kLanes);
     arena.take(query_rows, kStripRows * kHeadPitch);
     arena.take(dout_rows, kStripRows * kHeadPitch);
-    arena.take(p, depth_of<E>(kBlockRows<E>) * kForwardPitch);
-    arena.take(ds, depth_of<E>(kBlockRows<E>) * kForwardPitch);
+    arena.take(p, depth_of<E>(kBlockRows<E>) * kScorePitch);
+    arena.take(ds, depth_of<E>(kBlockRows<E>) * kScorePitch);
     if constexpr (!kInPlace) {
-      arena.take(ds_rows, kStripRows * kForwardPitch);
-      arena.take(strip_p, kStripRows * kForwardPitch);
-      arena.take(strip_ds, kStripRows * kForwardPitch);
+      arena.take(ds_rows, kStripRows * kScorePitch);
+      arena.take(strip_p, kStripRows * kScorePitch);
+      arena.take(strip_ds, kStripRows * kScorePitch);
     }
-    arena.take(factors, kForwardPitch);
-    arena.take(slopes, kForwardPitch);
+    arena.take(factors, kScorePitch);
+    arena.take(slopes, kScorePitch);
     bytes = arena.taken();
   }
 };

@@ -25,7 +25,7 @@ constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than 
 constexpr int64_t kMaxStripRows = 2 * kStripRows;  // on AMX
 constexpr int64_t kAmxBlockKeys = 256;             // so that scores of twice the rows take no more of the cache
 constexpr int64_t kAmxStepKeys = 2 * kTileSize;    // of a step of P . V
-static_assert(kMaxColumns <= kForwardPitch);
+static_assert(kMaxColumns <= kScorePitch);
 
 // How a problem is cut into tasks and blocks.
 struct Plan {
@@ -82,12 +82,12 @@ struct Scratch {
   E* keys;           // [block_keys / W] panels of [plan.depth][W]
   E* values;         // [panels_v] panels of [value_depth][W]
   E* queries;        // [strip_rows][kHeadPitch]
-  A* scores;         // [strip_rows][kForwardPitch]
+  A* scores;         // [strip_rows][kScorePitch]
   E* probabilities;  // the same; the scores themselves where E is A
   A* out;            // per strip [strip_rows][panels_v * W], not yet divided by the sum
   A* row_max;        // per strip [strip_rows]
   A* row_sum;        // per strip [strip_rows]
-  A* factors;        // of dropout [kForwardPitch]
+  A* factors;        // of dropout [kScorePitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s, const Plan& plan) {
@@ -97,16 +97,16 @@ struct Scratch {
     arena.take(keys, plan.block_keys * plan.depth);
     arena.take(values, plan.value_depth * plan.panels_v * kLanes);
     arena.take(queries, plan.strip_rows * kHeadPitch);
-    arena.take(scores, plan.strip_rows * kForwardPitch);
+    arena.take(scores, plan.strip_rows * kScorePitch);
     if constexpr (std::is_same_v<E, A>) {
       probabilities = scores;
     } else {
-      arena.take(probabilities, plan.strip_rows * kForwardPitch);
+      arena.take(probabilities, plan.strip_rows * kScorePitch);
     }
     arena.take(out, rows * plan.panels_v * kLanes);
     arena.take(row_max, rows);
     arena.take(row_sum, rows);
-    arena.take(factors, kForwardPitch);
+    arena.take(factors, kScorePitch);
     bytes = arena.taken();
   }
 };
@@ -242,12 +242,12 @@ class ForwardTask {
     const int64_t origin = block_begin_ + column_begin;
     if (scores_.modified()) {
       for (int64_t r = 0; r < rows; ++r) {
-        scores_.modify(sample_, head, row + r, origin, columns, scores + r * kForwardPitch, nullptr);
+        scores_.modify(sample_, head, row + r, origin, columns, scores + r * kScorePitch, nullptr);
       }
     }
     if (window_.key_begin(last_row(row)) > origin || window_.key_end_of(row) < origin + columns) {
       for (int64_t r = 0; r < rows; ++r) {
-        mask_row(scores + r * kForwardPitch, 0, columns, window_.key_begin(row + r) - origin,
+        mask_row(scores + r * kScorePitch, 0, columns, window_.key_begin(row + r) - origin,
                  window_.key_end_of(row + r) - origin, -std::numeric_limits<A>::infinity());
       }
     }
@@ -255,17 +255,17 @@ class ForwardTask {
     alignas(64) A rescale[kMaxStripRows];
     if (scores_.softmax()) {
       for (int64_t r = 0; r < padded; r += kStripRows) {
-        softmax_rows(scores + r * kForwardPitch, columns, scores_.scale().factor, row_max + r, row_sum + r,
+        softmax_rows(scores + r * kScorePitch, columns, scores_.scale().factor, row_max + r, row_sum + r,
                      rescale + r);
       }
     } else {
       std::fill_n(rescale, padded, A(1));
-      for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kForwardPitch, columns);
+      for (int64_t r = 0; r < rows; ++r) scores_.activate(scores + r * kScorePitch, columns);
     }
     if (scores_.drops()) {
       for (int64_t r = 0; r < rows; ++r) {
         scores_.dropout_factors(sample_, head, row + r, origin, columns, scratch_.factors);
-        multiply_row(scores + r * kForwardPitch, scratch_.factors, columns);
+        multiply_row(scores + r * kScorePitch, scratch_.factors, columns);
       }
     }
     const int64_t pitch = plan_.panels_v * kLanes;
@@ -275,7 +275,7 @@ class ForwardTask {
     }
     if constexpr (!std::is_same_v<E, A>) {
       for (int64_t r = 0; r < padded; ++r) {
-        pack_row(scratch_.probabilities + r * kForwardPitch, scores + r * kForwardPitch, columns);
+        pack_row(scratch_.probabilities + r * kScorePitch, scores + r * kScorePitch, columns);
       }
     }
     if (amx()) {
@@ -295,7 +295,7 @@ class ForwardTask {
       if (plan_.amx) {
         const AmxPanels panels{keys, plan_.depth * kLanes, kLanes};
         return multiply_on_amx(rows, plan_.depth, {scratch_.queries, kHeadPitch}, panels, columns / kLanes, false,
-                               {scratch_.scores, kForwardPitch});
+                               {scratch_.scores, kScorePitch});
       }
     }
     multiply_scores(score_runs(rows), plan_.depth, scratch_.queries, keys, columns / kLanes, scratch_.scores);
@@ -306,7 +306,7 @@ class ForwardTask {
                          [[maybe_unused]] int64_t columns, [[maybe_unused]] bool add, [[maybe_unused]] A* out) {
     if constexpr (std::is_same_v<E, BFloat16Pair>) {
       const AmxPanels panels{scratch_.values + column_begin / kDepth * kLanes, panel_stride(), kLanes};
-      multiply_on_amx(rows, depth_of<E>(columns), {scratch_.probabilities, kForwardPitch}, panels, plan_.panels_v, add,
+      multiply_on_amx(rows, depth_of<E>(columns), {scratch_.probabilities, kScorePitch}, panels, plan_.panels_v, add,
                       {out, plan_.panels_v * kLanes});
     }
   }
@@ -318,7 +318,7 @@ class ForwardTask {
     const int64_t end = std::min(window_.key_end_of(last), packed_end_) - block_begin_;
     const int64_t depth = begin < end ? depth_of<E>(end) - begin / kDepth : 0;
     if (depth == 0 && rescale != nullptr) return;
-    multiply_values(depth, scratch_.probabilities + half * kForwardPitch + (begin - column_begin) / kDepth,
+    multiply_values(depth, scratch_.probabilities + half * kScorePitch + (begin - column_begin) / kDepth,
                     scratch_.values + begin / kDepth * kLanes, panel_stride(), plan_.panels_v, rescale, out);
   }
 

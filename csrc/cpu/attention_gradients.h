@@ -59,7 +59,7 @@ __attribute__((noinline)) void score_gradients(const RowStatistics<A>& rows, int
 #if defined(__AVX512F__)
 
 // The same for two rows at once, straight to pairs: of both rows for p and ds, of neighbours for each row of ds_rows,
-// kForwardPitch apart. Without a second row its numbers are zeros.
+// kScorePitch apart. Without a second row its numbers are zeros.
 __attribute__((noinline)) inline void score_gradients(const RowStatistics<float>& rows, int64_t row, int64_t columns,
                                                       const float* __restrict__ scores, const float* __restrict__ dp,
                                                       BFloat16Pair* __restrict__ p, BFloat16Pair* __restrict__ ds,
@@ -69,9 +69,9 @@ __attribute__((noinline)) inline void score_gradients(const RowStatistics<float>
   const detail::RowGradient<float> first(rows, row), second(rows, row + 1);
   const auto gradients = [&](int64_t column, V (&s)[2]) __attribute__((always_inline)) {
     const V p0 = first.probability(V::load(scores + column));
-    const V p1 = second.probability(V::load(scores + kForwardPitch + column));
+    const V p1 = second.probability(V::load(scores + kScorePitch + column));
     s[0] = first.score_gradient(p0, V::load(dp + column));
-    s[1] = second.score_gradient(p1, V::load(dp + kForwardPitch + column));
+    s[1] = second.score_gradient(p1, V::load(dp + kScorePitch + column));
     store_columns(p + column, p0, p1);
     store_columns(ds + column, s[0], s[1]);
   };
@@ -80,7 +80,7 @@ __attribute__((noinline)) inline void score_gradients(const RowStatistics<float>
     gradients(column, left);
     if (column + kLanes < columns) gradients(column + kLanes, right);
     store_pairs(ds_rows + column / 2, left[0], right[0]);
-    store_pairs(ds_rows + kForwardPitch + column / 2, left[1], right[1]);
+    store_pairs(ds_rows + kScorePitch + column / 2, left[1], right[1]);
   }
 }
 

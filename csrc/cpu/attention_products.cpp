@@ -18,13 +18,13 @@ void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels
                                                                     rows + half * kHeadPitch + k, panels + k * kLanes,
                                                                     depth * kLanes, count, epilogue);
     };
-    A* to = scores + half * kForwardPitch;
+    A* to = scores + half * kScorePitch;
     multiply(0, [=](int64_t row, int64_t panel, Vec<A> value) {
-      value.store(to + row * kForwardPitch + panel * kLanes);
+      value.store(to + row * kScorePitch + panel * kLanes);
     });
     for (int64_t k = run; k < depth; k += run) {
       multiply(k, [=](int64_t row, int64_t panel, Vec<A> value) {
-        A* sum = to + row * kForwardPitch + panel * kLanes;
+        A* sum = to + row * kScorePitch + panel * kLanes;
         (Vec<A>::load(sum) + value).store(sum);
       });
     }
@@ -38,7 +38,7 @@ void multiply_values(int64_t depth, const E* p, const E* values, int64_t panel_s
   constexpr int64_t kLanes = Vec<A>::kSize;
   const int64_t pitch = panels * kLanes;
   const auto multiply = [=](auto epilogue) {
-    tile_rows<kHalfRows, TileLayout<kForwardPitch, 1>, kProductVecs>(depth, p, values, panel_stride, panels, epilogue);
+    tile_rows<kHalfRows, TileLayout<kScorePitch, 1>, kProductVecs>(depth, p, values, panel_stride, panels, epilogue);
   };
   if (rescale == nullptr) {
     multiply([=](int64_t row, int64_t panel, Vec<A> value) { value.store(out + row * pitch + panel * kLanes); });
@@ -55,7 +55,7 @@ void add_transposed(int64_t depth, const E* p, const E* b, int64_t panel_stride,
   using A = SumOf<E>;
   constexpr int64_t kLanes = Vec<A>::kSize;
   const int64_t pitch = panels * kLanes;
-  tile_rows<kHalfRows, TileLayout<1, kForwardPitch>, kProductVecs>(
+  tile_rows<kHalfRows, TileLayout<1, kScorePitch>, kProductVecs>(
       depth, p, b, panel_stride, panels, [=](int64_t row, int64_t panel, Vec<A> value) {
         A* to = sums + row * pitch + panel * kLanes;
         (Vec<A>::load(to) + value).store(to);

@@ -9,20 +9,20 @@ template <typename E>
 using SumOf = typename Operand<E>::Sum;
 
 // Rows of a strip's scores are 37 cache lines of floats apart: odd, so that they spread over the cache's sets.
-constexpr int64_t kForwardPitch = 592;
+constexpr int64_t kScorePitch = 592;
 
 // scores = rows . panels for the kStripRows rows of a strip, kHeadPitch apart, and `count` panels; the scores' rows are
-// kForwardPitch apart. The products of each score are summed in `runs` runs one after the other.
+// kScorePitch apart. The products of each score are summed in `runs` runs one after the other.
 template <typename E>
 void multiply_scores(int64_t runs, int64_t depth, const E* rows, const E* panels, int64_t count, SumOf<E>* scores);
 
-// out = P . V, or out * rescale + P . V where rescale is not null, for kHalfRows rows of P, kForwardPitch apart. Rows of
+// out = P . V, or out * rescale + P . V where rescale is not null, for kHalfRows rows of P, kScorePitch apart. Rows of
 // out are `panels` vectors apart.
 template <typename E>
 void multiply_values(int64_t depth, const E* p, const E* values, int64_t panel_stride, int64_t panels,
                      const SumOf<E>* rescale, SumOf<E>* out);
 
-// sums += P^T . B over `depth` rows of P, kForwardPitch apart, for kHalfRows of its columns. Rows of sums are `panels`
+// sums += P^T . B over `depth` rows of P, kScorePitch apart, for kHalfRows of its columns. Rows of sums are `panels`
 // vectors apart.
 template <typename E>
 void add_transposed(int64_t depth, const E* p, const E* b, int64_t panel_stride, int64_t panels, SumOf<E>* sums);

@@ -19,19 +19,19 @@ __attribute__((noinline)) inline void softmax_rows(T* scores, int64_t columns, T
   std::copy(row_max, row_max + kStripRows, largest);
   const Vec<T> scale = Vec<T>::broadcast(factor);
   for (int64_t row = 0; row < kStripRows; row += 2) {
-    const T* score = scores + row * kForwardPitch;
+    const T* score = scores + row * kScorePitch;
     Vec<T> top0 = Vec<T>::broadcast(row_max[row]), top1 = Vec<T>::broadcast(row_max[row + 1]);
     Vec<T> odd0 = top0, odd1 = top1;
     int64_t column = 0;
     for (; column + 2 * kLanes <= columns; column += 2 * kLanes) {
       top0 = max(Vec<T>::load(score + column), top0);
       odd0 = max(Vec<T>::load(score + column + kLanes), odd0);
-      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
-      odd1 = max(Vec<T>::load(score + kForwardPitch + column + kLanes), odd1);
+      top1 = max(Vec<T>::load(score + kScorePitch + column), top1);
+      odd1 = max(Vec<T>::load(score + kScorePitch + column + kLanes), odd1);
     }
     if (column < columns) {
       top0 = max(Vec<T>::load(score + column), top0);
-      top1 = max(Vec<T>::load(score + kForwardPitch + column), top1);
+      top1 = max(Vec<T>::load(score + kScorePitch + column), top1);
     }
     largest[row] = reduce_max(max(odd0, top0));
     largest[row + 1] = reduce_max(max(odd1, top1));
@@ -45,14 +45,14 @@ __attribute__((noinline)) inline void softmax_rows(T* scores, int64_t columns, T
     now.store(row_max + row);
   }
   for (int64_t row = 0; row < kStripRows; row += 2) {
-    T* score = scores + row * kForwardPitch;
+    T* score = scores + row * kScorePitch;
     const Vec<T> offset0 = Vec<T>::broadcast(offsets[row]), offset1 = Vec<T>::broadcast(offsets[row + 1]);
     Vec<T> sum0 = Vec<T>::zero(), sum1 = Vec<T>::zero();
     for (int64_t column = 0; column < columns; column += kLanes) {
       const Vec<T> p0 = exp2(Vec<T>::load(score + column) - offset0, scale);
-      const Vec<T> p1 = exp2(Vec<T>::load(score + kForwardPitch + column) - offset1, scale);
+      const Vec<T> p1 = exp2(Vec<T>::load(score + kScorePitch + column) - offset1, scale);
       p0.store(score + column);
-      p1.store(score + kForwardPitch + column);
+      p1.store(score + kScorePitch + column);
       sum0 = sum0 + p0;
       sum1 = sum1 + p1;
     }
