@@ -22,7 +22,10 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("BACKEND", "cpu"),
         ("BUDGET_S", 1e-3),
         ("HEAD_DIM", 16),
-        ("measure_ceilings", lambda *_, **__: Ceilings(1e9, {"float32": 1e9, "bfloat16": 1e9})),
+        (
+            "measure_ceilings",
+            lambda *_, **__: Ceilings(1e9, 1e9, {"float32": 1e9, "bfloat16": 1e9}),
+        ),
     ):
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
