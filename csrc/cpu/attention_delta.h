@@ -58,7 +58,7 @@ void prepare_block(const BackwardShared<T>& shared, const Sample& sample, int64_
       const Vec<A> dlse = args.dlse == nullptr ? Vec<A>::zero() : Vec<A>::load_first(args.dlse + index, rows);
       const Vec<A> distance =
           Vec<A>::broadcast(shared.scores.sink(head)) - Vec<A>::load_first(args.row_max + index, rows);
-      const Vec<A> probability = exp2(distance * Vec<A>::broadcast(shared.scores.scale().factor)) /
+      const Vec<A> probability = exp2(distance, Vec<A>::broadcast(shared.scores.scale().factor)) /
                                  Vec<A>::load_first(args.row_sum + index, rows);
       sink_sum = sink_sum + keep_lanes(0, rows, probability * (dlse - sum * kept), Vec<A>::zero());
     }

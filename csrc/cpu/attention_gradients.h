@@ -29,7 +29,7 @@ class RowGradient {
         shift_(Vec<A>::broadcast(rows.dlse[row])) {}
 
   Vec<A> probability(Vec<A> score) const {
-    const Vec<A> exponential = exp2((score - offset_) * scale_);
+    const Vec<A> exponential = exp2(score - offset_, scale_);
     return sizeof(A) == 8 ? exponential / sum_ : exponential * sum_;
   }
   // dp: dout . V^T, where dropout keeps it.
