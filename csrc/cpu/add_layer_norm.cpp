@@ -296,7 +296,7 @@ template <typename A>
 class Parameter {
  public:
   Parameter(const Tensor& parameter, int64_t n, A absent) {
-    if (parameter.address() == 0) {
+    if (!parameter) {
       made_.assign(n, absent);
       data_ = made_.data();
       return;
@@ -453,7 +453,7 @@ void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, con
     });
     int64_t offset = 0;
     for (const Tensor* const sum : {&dweight, &dbias}) {
-      if (sum->address() != 0) reduce_blocks_to(*sum, partial.data() + offset, blocks, n, num_threads);
+      if (*sum) reduce_blocks_to(*sum, partial.data() + offset, blocks, n, num_threads);
       offset += n;
     }
   });

@@ -18,7 +18,7 @@ constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackedKeys = 32;  // of one packing: they stay in the first-level cache
 constexpr int64_t kDirectRows = 4;
 constexpr int64_t kStreams = 4;
-constexpr int64_t kScorePitch = kSplitKeys + 16;
+constexpr int64_t kSplitPitch = kSplitKeys + 16;
 
 // Vectors of accumulators beside each other for each row, so that there are enough of them to hide their latency.
 constexpr int64_t tile_vecs(int64_t rows) {
@@ -30,16 +30,16 @@ template <typename A>
 struct Scratch {
   std::byte* queries;  // [kTileRows][kHeadPitch]
   std::byte* keys;     // [kPackedKeys / W] panels of [depth(head_dim)][W]
-  A* scores;           // [kTileRows][kScorePitch]
-  A* factors;          // of dropout [kScorePitch]
+  A* scores;           // [kTileRows][kSplitPitch]
+  A* factors;          // of dropout [kSplitPitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s) {
     ByteArena arena(base);
     arena.take(queries, kTileRows * kHeadPitch * static_cast<int64_t>(sizeof(A)));
     arena.take(keys, kPackedKeys * s.head_dim * static_cast<int64_t>(sizeof(A)));
-    arena.take(scores, kTileRows * kScorePitch);
-    arena.take(factors, kScorePitch);
+    arena.take(scores, kTileRows * kSplitPitch);
+    arena.take(factors, kSplitPitch);
     bytes = arena.taken();
   }
 };
@@ -122,7 +122,7 @@ __attribute__((noinline)) void multiply_keys(const E* queries, const T* keys, in
     for (int64_t stream = 0; stream < kStreams; ++stream) {
 #pragma GCC unroll 4
       for (int64_t row = 0; row < kRows; ++row) {
-        reduce_add(sums[stream][row]).store(scores + row * kScorePitch + stream * part + first);
+        reduce_add(sums[stream][row]).store(scores + row * kSplitPitch + stream * part + first);
       }
     }
   }
@@ -164,7 +164,7 @@ void add_values(const ValueStreams<T>& values, int64_t begin, int64_t end, const
       }
 #pragma GCC unroll 16
       for (int64_t row = 0; row < kRows; ++row) {
-        const Vec<A> probability = Vec<A>::broadcast(p[row * kScorePitch + stream * values.part + i]);
+        const Vec<A> probability = Vec<A>::broadcast(p[row * kSplitPitch + stream * values.part + i]);
 #pragma GCC unroll 8
         for (int64_t vec = 0; vec < kVecs; ++vec) acc[row][vec] = mul_add(probability, columns[vec], acc[row][vec]);
       }
@@ -205,7 +205,7 @@ struct Products {
           tile_rows<kRows, TileLayout<kHeadPitch, 1>, tile_vecs(kRows)>(
               std::min(run, depth - k), q + k, panels + k * kLanes, depth * kLanes, (part + kLanes - 1) / kLanes,
               [&](int64_t row, int64_t panel, Vec<A> value) {
-                A* to = scores + row * kScorePitch + key + panel * kLanes;
+                A* to = scores + row * kSplitPitch + key + panel * kLanes;
                 (k == 0 ? value : Vec<A>::load(to) + value).store(to);
               });
         }
@@ -219,7 +219,7 @@ struct Products {
     const int64_t part = (count + kStreams - 1) / kStreams;
     const ValueStreams<T> streams = {values, values + (count - 1) * stride, stride, part};
     for (int64_t row = 0; row < kRows; ++row) {
-      std::fill_n(p + row * kScorePitch + count, kStreams * part - count, A(0));
+      std::fill_n(p + row * kSplitPitch + count, kStreams * part - count, A(0));
       std::fill_n(out + row * pitch, pitch, A(0));
     }
     // Where columns take more than one pass, the next finds the values in the first-level cache.
@@ -321,7 +321,7 @@ class DecodeTask {
                        end - origin, sizes_.head_dim, scratch_.keys, scratch_.scores);
     for (int64_t row = 0; row < rows; ++row) {
       make_probabilities(scores_, sample, first_head + row / seqlen_q, row % seqlen_q, origin, begin, end,
-                         scratch_.scores + row * kScorePitch, scratch_.factors, part.row_max[row], part.row_sum[row]);
+                         scratch_.scores + row * kSplitPitch, scratch_.factors, part.row_max[row], part.row_sum[row]);
     }
     products_.add(scratch_.scores + begin - origin, args_.v.key(sample, head_k, begin), args_.v.seq_stride, end - begin,
                   sizes_.head_dim_v, part.out, pitch);

@@ -1,5 +1,5 @@
-// What Python calls, bound in module.cpp and defined beside the kernels: functions that fill the tensors that stand first.
-// An absent one is None. Arguments were checked in Python.
+// What Python calls, bound in module.cpp and defined beside the kernels: functions that fill the tensors that stand
+// first. An absent one is None. Arguments were checked in Python.
 #pragma once
 
 #include <array>

@@ -17,7 +17,8 @@ constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 96;
 constexpr int64_t kDepth = 256;
 constexpr int64_t kPitch = kDepth + 16;  // of packed weights: an odd number of cache lines, to spread over the sets
 constexpr int64_t kTasks = 24;           // many divisors: few numbers of threads leave one idle
-static_assert(kChunkRows % kTileRows == 0 && kBlockClasses % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0 && kChunkRows % 2 == 0);
+static_assert(kChunkRows % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0 && kChunkRows % 2 == 0);
+static_assert(kBlockClasses % kTileRows == 0);
 
 // X is the dtype of hidden, weight and bias. Everything is computed in T, and so are the gradients kept.
 template <typename X>

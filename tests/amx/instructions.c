@@ -63,31 +63,23 @@ AMX void configure_again(const void* config, const void* from, void* to) {
   BARRIER();
 }
 
-// c += a . b, all with rows 64 bytes apart.
-AMX void multiply(const void* config, void* c, const void* a, const void* b) {
-  BARRIER();
-  _tile_loadconfig(config);
-  _tile_loadd(0, c, 64);
-  _tile_loadd(1, a, 64);
-  _tile_loadd(2, b, 64);
-  _tile_dpbf16ps(0, 1, 2);
-  _tile_stored(0, c, 64);
-  _tile_release();
-  BARRIER();
-}
+// c += a . b, all with rows 64 bytes apart, on the tiles C, A and B.
+#define MULTIPLY(name, C, A, B)                                                 \
+  AMX void name(const void* config, void* c, const void* a, const void* b) {   \
+    BARRIER();                                                                  \
+    _tile_loadconfig(config);                                                   \
+    _tile_loadd(C, c, 64);                                                      \
+    _tile_loadd(A, a, 64);                                                      \
+    _tile_loadd(B, b, 64);                                                      \
+    _tile_dpbf16ps(C, A, B);                                                    \
+    _tile_stored(C, c, 64);                                                     \
+    _tile_release();                                                            \
+    BARRIER();                                                                  \
+  }
 
+MULTIPLY(multiply, 0, 1, 2)
 // Tiles above 7 do not exist, but registers of an address above 7 do, and every tile has a number of its own.
-AMX void multiply_on_the_last_tiles(const void* config, void* c, const void* a, const void* b) {
-  BARRIER();
-  _tile_loadconfig(config);
-  _tile_loadd(7, c, 64);
-  _tile_loadd(6, a, 64);
-  _tile_loadd(5, b, 64);
-  _tile_dpbf16ps(7, 6, 5);
-  _tile_stored(7, c, 64);
-  _tile_release();
-  BARRIER();
-}
+MULTIPLY(multiply_on_the_last_tiles, 7, 6, 5)
 
 // The same tile, rows 128 bytes apart from `from` on, by eight forms of address into eight places of `to`, 1024 bytes
 // each.
