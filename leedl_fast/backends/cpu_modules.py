@@ -33,6 +33,12 @@ def reasons() -> dict[str, str]:
 def _load(isa: str) -> ModuleType | str:
     """The module for `isa`, or the reason why it cannot run here."""
     name = f"_cpu_{isa}"
+    if isa != "baseline":  # loading a module already runs its instructions
+        baseline = _load("baseline")
+        if isinstance(baseline, str):
+            return baseline
+        if not baseline.processor_can_run(isa):
+            return f"this processor has no {isa.upper()}"
     try:
         module = importlib.import_module(f"leedl_fast.{name}")
     except ModuleNotFoundError:
@@ -41,8 +47,6 @@ def _load(isa: str) -> ModuleType | str:
         return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
     except ImportError as error:
         return f"{name} cannot be loaded: {error}"
-    if not module.processor_can_run():
-        return f"this processor has no {isa.upper()}"
     exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if exchange_api is None or not module.read_tensors(exchange_api, *PLAIN_TYPES):
         return f"torch {torch.__version__} has no DLPack exchange API of version 1"
