@@ -60,7 +60,7 @@ def _header(results: r.Results) -> str:
         "Python": f"{facts['python']}, {facts['system']}",
         "Copy bandwidth here": f"{ceilings['copy_gb_per_s']:.1f} GB/s",
         "Read bandwidth here": f"{ceilings['read_gb_per_s']:.1f} GB/s",
-    } | {f"Matrix rate here, {dtype}": f"{rate:.0f} GFLOP/s" for dtype, rate in rates.items()}
+    } | {f"Matrix rate here, {dtype}": f"{rate:.3g} GFLOP/s" for dtype, rate in rates.items()}
     if facts["memory_bytes"]:
         entries["Memory"] = f"{facts['memory_bytes'] / 2**30:.0f} GiB"
     rows = "".join(

@@ -69,7 +69,7 @@ def print_report(results: r.Results, console: Console | None = None) -> None:
 def describe_machine(results: r.Results) -> list[str]:
     facts, ceilings = results["machine"], results["ceilings"]
     rates = ", ".join(
-        f"{dtype} matmul {rate:.0f} GFLOP/s"
+        f"{dtype} matmul {rate:.3g} GFLOP/s"
         for dtype, rate in ceilings["matmul_gflop_per_s"].items()
     )
     isa = f", {facts['instruction_set']} kernels" if facts["instruction_set"] else ""

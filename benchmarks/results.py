@@ -43,12 +43,18 @@ def collect(recorder: Recorder) -> Results:
 
 
 def percent_of_ceiling(row: dict[str, Any], dtype: str, ceilings: Ceilings) -> float | None:
-    """Of the copy or read bandwidth where bytes limit, of the matrix rate where arithmetic does."""
+    """Of the copy or read bandwidth where bytes limit, of the matrix rate where arithmetic does.
+
+    Two-byte numbers can be multiplied as float32: there the faster of both rates limits.
+    """
     if "gb_per_s" in row:
         return 100 * row["gb_per_s"] * 1e9 / ceilings.copy_bytes_per_s
     if "read_gb_per_s" in row:
         return 100 * row["read_gb_per_s"] * 1e9 / ceilings.read_bytes_per_s
-    peak = ceilings.matmul_flop_per_s.get(dtype)
+    rates = ceilings.matmul_flop_per_s
+    peak = rates.get(dtype)
+    if dtype in ("bfloat16", "float16"):
+        peak = max(rates.get(dtype, 0.0), rates.get("float32", 0.0))
     return 100 * row["gflop_per_s"] * 1e9 / peak if peak and "gflop_per_s" in row else None
 
 

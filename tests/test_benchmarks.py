@@ -14,7 +14,14 @@ import torch
 from leedl_fast.benchmarks import results as r
 from leedl_fast.benchmarks import run
 from leedl_fast.benchmarks.suite import Expected, Settings
-from leedl_fast.testing.bench import Timing, interleave, make_plan, peak_memory
+from leedl_fast.testing.bench import (
+    Ceilings,
+    Timing,
+    interleave,
+    machine_name,
+    make_plan,
+    peak_memory,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -150,6 +157,22 @@ def test_a_failing_case_is_in_the_report_and_gives_code_1(tmp_path: Path) -> Non
     assert not any(r.ours(case)["accurate"] for case in results["cases"])
     page = (tmp_path / "report" / "index.html").read_text()
     assert page.count('class="failure"') == len(results["failures"])
+
+
+def test_arithmetic_in_two_bytes_is_held_against_the_faster_rate() -> None:
+    """A processor without instructions for bfloat16 multiplies it as float32."""
+    row = {"gflop_per_s": 60.0}
+    slow = Ceilings(1e10, 1e10, {"float32": 120e9, "bfloat16": 0.3e9})
+    assert r.percent_of_ceiling(row, "bfloat16", slow) == pytest.approx(50)
+    fast = Ceilings(1e10, 1e10, {"float32": 120e9, "bfloat16": 240e9})
+    assert r.percent_of_ceiling(row, "bfloat16", fast) == pytest.approx(25)
+    assert r.percent_of_ceiling(row, "float64", fast) is None
+
+
+def test_machines_of_one_name_and_two_instruction_sets_have_two_files() -> None:
+    facts = {"processor": "AMD EPYC", "cores": 2, "device": "cpu"}
+    names = {machine_name(facts | {"torch_instruction_set": isa}) for isa in ("AVX2", "AVX512")}
+    assert names == {"amd-epyc-2-cores-avx2", "amd-epyc-2-cores-avx512"}
 
 
 def test_a_plan_interleaves_and_times_each_function() -> None:

@@ -271,8 +271,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def machine_name(facts: Mapping[str, Any]) -> str:
-    """A file name for the kind of machine that has these facts: "amd-epyc-2-cores"."""
-    text = f"{facts['processor']} {facts['cores']} cores".lower()
+    """A file name for the kind of machine that has these facts: "amd-epyc-2-cores-avx512".
+
+    The instruction set stands there because processors of several kinds call themselves alike.
+    """
+    isa = facts["torch_instruction_set"] if facts["device"] == "cpu" else ""
+    text = f"{facts['processor']} {facts['cores']} cores {isa}".lower()
     return re.sub("[^a-z0-9]+", "-", text).strip("-")
 
 
