@@ -25,7 +25,7 @@ namespace leedl {
 namespace {
 
 constexpr int64_t kSerialElements = 65536;  // smaller problems are done before a second thread has woken up
-constexpr int kRowsTogether = 4;
+constexpr int kRowsTogether = kVectorRegisters == 32 ? 4 : 2;  // the backward pass has two sums of each
 constexpr int64_t kStreamedBytes = 32 << 20;  // of an output: as large as all caches together
 
 // Where a row's loops stand: a whole vector at element j, or the last n - j < kSize elements. Rows are of any dtype that

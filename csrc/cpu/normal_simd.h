@@ -201,7 +201,7 @@ class NormalGenerator {
 
  private:
   // Independent groups in flight: one alone waits for its own latencies (ten dependent multiplies, then a square root).
-  static constexpr int kChains = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int kChains = kVectorRegisters == 32 ? 4 : 3;
 
   template <int kCount>
   void fill_groups(uint64_t block, float* out) const {

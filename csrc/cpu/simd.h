@@ -46,7 +46,8 @@ namespace detail {
 
 typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
 
-// __builtin_convertvector(bits, WordLanes) and back; GCC 12 makes seven instructions of the former where there is one.
+// __builtin_convertvector(bits, WordLanes) and back, of words below 2^16; GCC 12 makes seven instructions of the former
+// where there is one.
 inline WordLanes words_of(HalfLanes bits) {
 #if defined(__AVX512F__)
   return reinterpret_cast<WordLanes>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
@@ -59,6 +60,9 @@ inline WordLanes words_of(HalfLanes bits) {
 inline HalfLanes halves_of(WordLanes words) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfLanes>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
+#elif defined(__AVX2__)
+  const __m256i all = reinterpret_cast<__m256i>(words);
+  return reinterpret_cast<HalfLanes>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
   return __builtin_convertvector(words, HalfLanes);
 #endif
