@@ -260,7 +260,7 @@ struct Backward {
       const V dy = at.load(dy_row);
       const V normalized = statistics.normalize(i, at.load(summed_row));
       const V dnormalized = dy * at.load(w);
-      const V out = ((dnormalized - constant) - normalized * slope) * scale;
+      const V out = mul_add(-normalized, slope, dnormalized - constant) * scale;
       at.store(dsummed_row != nullptr ? out + at.load(dsummed_row) : out, dresidual_row);
     });
   }
