@@ -233,15 +233,15 @@ def share_reversed(model, **options):
 
 
 @pytest.mark.parametrize(
-    ("options", "training"),
+    ("options", "steps", "training"),
     [
-        ({}, {"label_smoothing": 0.1, "sampling_probability": 0.1}),
-        ({"autoregressive": False}, {}),
+        ({}, 250, {"label_smoothing": 0.1, "sampling_probability": 0.1}),
+        ({"autoregressive": False}, 400, {}),
     ],
     ids=["autoregressive", "non-autoregressive"],
 )
-def test_it_learns_to_reverse(options, training):
-    model = train(small(**options), reversals, 250, **training)
+def test_it_learns_to_reverse(options, steps, training):
+    model = train(small(**options), reversals, steps, **training)
     assert share_reversed(model) > 0.9
     if model.config.autoregressive:
         assert share_reversed(model, beam_size=3) > 0.9
