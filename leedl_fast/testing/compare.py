@@ -1,4 +1,6 @@
-"""Comparison with float64: an implementation may be at most twice as far off as plain PyTorch."""
+"""Comparison with a better precision: an implementation may be at most twice as far off as plain
+PyTorch. float64 judges the other dtypes, and double-double float64.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,37 +10,33 @@ import torch
 from torch import Tensor
 
 from leedl_fast.ops.contract import OPERATORS
+from leedl_fast.testing.double_double import parts
+from leedl_fast.testing.double_double_tensor import DoubleDouble
 from leedl_fast.testing.samples import Case
 
 
 def max_error(actual: Tensor, expected: Tensor) -> float:
-    """The largest |actual - expected|, in float64; infinities must agree, NaN is all wrong."""
-    actual, expected = (x.detach().cpu().double() for x in (actual, expected))
-    if actual.shape != expected.shape:
-        raise ValueError(
-            f"actual must have shape {tuple(expected.shape)}, got {tuple(actual.shape)}"
-        )
+    """The largest |actual - expected|; infinities must agree, NaN is all wrong."""
+    actual = actual.detach().cpu().double()
+    high, low = (part.detach().cpu() for part in parts(expected))
+    if actual.shape != high.shape:
+        raise ValueError(f"actual must have shape {tuple(high.shape)}, got {tuple(actual.shape)}")
     if actual.numel() == 0:
         return 0.0
-    difference = torch.where(actual == expected, 0.0, (actual - expected).abs())
+    difference = torch.where(actual == high, -low, (actual - high) - low).abs()
     return difference.nan_to_num(nan=torch.inf).max().item()
 
 
 def allowed_error(plain: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
-    """Twice plain PyTorch's own error, plus one ulp of the largest number, for results in `dtype`.
-
-    plain is plain PyTorch's result in that dtype. float64 has no better reference than itself, so
-    there plain is the result in float32, whose error counts by the ratio of the two epsilons, and
-    counts once more for the reference, which is as far off.
+    """Twice the error of `plain`, plain PyTorch's result in `dtype`, plus one ulp of the largest
+    number.
     """
     if expected.numel() == 0:
         return 0.0
-    finite = expected[expected.isfinite()].double().abs()
+    high = parts(expected).high
+    finite = high[high.isfinite()].abs()
     largest = finite.max().item() if finite.numel() else 0.0
-    epsilon = torch.finfo(dtype).eps
-    own_error = max_error(plain, expected) * epsilon / torch.finfo(plain.dtype).eps
-    factor = 3 if dtype == torch.float64 else 2
-    return factor * own_error + epsilon * largest
+    return 2 * max_error(plain, expected) + torch.finfo(dtype).eps * largest
 
 
 def outputs_and_gradients(
@@ -46,17 +44,30 @@ def outputs_and_gradients(
     dtype: torch.dtype,
     backend: str | None,
     *,
-    rounded_to: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    draw: int = 0,
 ) -> dict[str, Tensor]:
-    """Every output of the case and the gradient of every input, by name.
+    """Every output of the case and the gradient of every input, by name, on `device`.
 
-    The inputs, and the gradients of the outputs, are random numbers rounded to `rounded_to`
-    (`dtype` by default), so that a float64 reference can be made for the very numbers that another
-    dtype sees. The results stay on `device`.
+    The inputs, and the gradients of the outputs, are random numbers rounded to `dtype`.
     """
-    rounded_to = rounded_to or dtype
-    tensors = case.inputs(rounded_to, dtype, device)
+    return _outputs_and_gradients(case, case.inputs(dtype, dtype, device, draw), dtype, backend)
+
+
+def expected_outputs_and_gradients(
+    case: Case, dtype: torch.dtype, *, draw: int = 0
+) -> dict[str, Tensor]:
+    """What they should be for the numbers that `dtype` sees: plain PyTorch's in float64, and in
+    double-double for float64."""
+    tensors = case.inputs(dtype, torch.float64, draw=draw)
+    if dtype == torch.float64:
+        tensors = {name: DoubleDouble(x.detach()).requires_grad_() for name, x in tensors.items()}
+    return _outputs_and_gradients(case, tensors, dtype, "eager")
+
+
+def _outputs_and_gradients(
+    case: Case, tensors: dict[str, Tensor], rounded_to: torch.dtype, backend: str | None
+) -> dict[str, Tensor]:
     outputs = case.run(tensors, backend)
     names = ["out" if i == 0 else f"out{i}" for i in range(len(outputs))]
     results = dict(zip(names, outputs, strict=True))

@@ -41,21 +41,25 @@ class Case:
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The inputs in float64, the same at every call."""
-        generator = torch.Generator().manual_seed(0)
+    def tensors(self, draw: int = 0) -> dict[str, Tensor]:
+        """The inputs in float64, the same at every call with the same draw."""
+        generator = torch.Generator().manual_seed(draw)
         return {
             name: self.scale * torch.randn(shape, generator=generator, dtype=torch.float64)
             for name, shape in self.shapes.items()
         }
 
     def inputs(
-        self, rounded_to: torch.dtype, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        rounded_to: torch.dtype,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        draw: int = 0,
     ) -> dict[str, Tensor]:
         """The inputs rounded to one dtype and kept in another, as leaves, in the case's layout."""
         return {
             name: self._laid_out(x.to(rounded_to).to(device, dtype)).requires_grad_()
-            for name, x in self.tensors().items()
+            for name, x in self.tensors(draw).items()
         }
 
     def _laid_out(self, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from leedl_fast import attention
 from leedl_fast.backends import cpu_modules
 from leedl_fast.testing.compare import (
     allowed_error,
+    expected_outputs_and_gradients,
     max_error,
     outputs_and_gradients,
     poisoned_outputs,
@@ -47,7 +48,7 @@ FEW = ("dropout-one-query", "few-queries-relu", "few-queries-everything")
 
 @pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_EXTRAS], ids=str)
 def test_conformance(case: Case) -> None:
-    expected = outputs_and_gradients(case, torch.float64, "eager", rounded_to=torch.bfloat16)
+    expected = expected_outputs_and_gradients(case, torch.bfloat16)
     plain = outputs_and_gradients(case, torch.bfloat16, "eager")
     before = multiplications()
     with poisoned_outputs():

@@ -19,6 +19,7 @@ from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
     allowed_error,
+    expected_outputs_and_gradients,
     max_error,
     outputs_and_gradients,
     poisoned_outputs,
@@ -92,7 +93,7 @@ IN_HALF = {
 
 
 def _check(case: Case, dtype: torch.dtype) -> None:
-    expected = outputs_and_gradients(case, torch.float64, "eager", rounded_to=dtype)
+    expected = expected_outputs_and_gradients(case, dtype)
     plain = outputs_and_gradients(case, dtype, "eager")
     with poisoned_outputs() as ran:
         try:

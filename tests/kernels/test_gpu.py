@@ -18,6 +18,7 @@ from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
     allowed_error,
+    expected_outputs_and_gradients,
     max_error,
     outputs_and_gradients,
     poisoned_outputs,
@@ -40,7 +41,7 @@ def _exact_products() -> Iterator[None]:
 
 @cache
 def _expected(case: Case, rounded_to: torch.dtype) -> dict[str, Tensor]:
-    return outputs_and_gradients(case, torch.float64, "eager", rounded_to=rounded_to)
+    return expected_outputs_and_gradients(case, rounded_to)
 
 
 def _parameters() -> Iterator[Any]:
