@@ -32,7 +32,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(TA
 def models(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME...]", help="List this one's options; or run only these."),
+        typer.Argument(
+            metavar="[NAME...]",
+            help="List this one's options; or run only these, models or rows such as gan/text.",
+        ),
     ] = None,
     run: Annotated[
         bool, typer.Option("--run", help="Fetch, train and measure them, every variant.")
@@ -55,7 +58,7 @@ def models(
     """
     names = names or []
     for name in names:
-        check_name(name)
+        check_name(name.partition("/")[0] if run else name)
     if readme is not None and not run:
         raise ValueError(f"--readme is for --run, got it without: {str(readme)!r}")
     from leedl_fast.training.listing import print_models, print_options

@@ -44,15 +44,19 @@ class Row:
         option = f" --variant {shlex.quote(self.variant.name)}" if self.variant.name else ""
         return self.task.name + option
 
+    @property
+    def compared(self) -> list[Row]:
+        """The rows whose metrics this one's goals subtract."""
+        names = {goal.minus.partition("/")[0] for goal in self.variant.goals if goal.minus}
+        return [Row(self.task, variant) for variant in self.task.variants if variant.name in names]
+
     def outcomes(self, records: Mapping[str, Record]) -> list[Outcome]:
         """Each goal against the `records` of all rows by key."""
         metrics = records.get(self.key, {}).get("metrics", {})
         others = {
-            f"{variant.name}/{metric}": value
-            for variant in self.task.variants
-            for metric, value in records.get(Row(self.task, variant).key, {})
-            .get("metrics", {})
-            .items()
+            f"{row.variant.name}/{metric}": value
+            for row in self.compared
+            for metric, value in records.get(row.key, {}).get("metrics", {}).items()
         }
         return [Outcome.of(goal, metrics, others) for goal in self.variant.goals]
 
@@ -64,15 +68,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Outcome:
-    """value: None where a metric that the goal needs is not there."""
+    """value: None where a metric that the goal needs is not there, which `missing` names."""
 
     goal: Goal
     value: float | None
+    missing: str = ""
 
     @classmethod
     def of(cls, goal: Goal, metrics: Mapping[str, float], others: Mapping[str, float]) -> Outcome:
-        there = goal.metric in metrics and (not goal.minus or goal.minus in others)
-        return cls(goal, goal.value(metrics, others) if there else None)
+        if goal.metric not in metrics:
+            return cls(goal, None, goal.metric)
+        if goal.minus and goal.minus not in others:
+            return cls(goal, None, goal.minus)
+        return cls(goal, goal.value(metrics, others))
 
     @property
     def reached(self) -> bool:
@@ -80,10 +88,15 @@ class Outcome:
 
 
 def rows(names: Iterable[str] = ()) -> list[Row]:
-    """The rows of the models `names`, or of all of them."""
-    classes = [task_class(name) for name in dict.fromkeys(names)]
-    classes = classes or [task_class(name) for name in TASKS]
-    return [Row(task, variant) for task in classes for variant in task.variants]
+    """The rows `names`, each a row's key or a model's name for all of its rows; or every row."""
+    chosen: dict[str, Row] = {}
+    for name in tuple(names) or TASKS:
+        model, _, variant = name.partition("/")
+        task = task_class(model)
+        variants = (task.variant(variant),) if variant else task.variants
+        for row in (Row(task, variant) for variant in variants):
+            chosen.setdefault(row.key, row)
+    return list(chosen.values())
 
 
 @dataclass
@@ -156,7 +169,7 @@ def reached_texts(row: Row, records: Mapping[str, Record]) -> list[str]:
         metrics = record["metrics"]
         return [f"{name} {number(metrics[name])}" for name in row.measures() if name in metrics]
     return [
-        f"{outcome.goal.metric} unknown, missed"
+        f"{outcome.goal.metric} unknown without {outcome.missing}, missed"
         if outcome.value is None
         else number(outcome.value) + ("" if outcome.reached else ", missed")
         for outcome in row.outcomes(records)

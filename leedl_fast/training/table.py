@@ -36,10 +36,11 @@ def run_models(
     measure: Callable[[Row], Record] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[str]:
-    """Train the models `names`, all variants of each, or every model; returns what was missed.
+    """Train the rows `names` (see `rows`), or every row; returns what was missed.
 
-    The results of this machine's file in `folder` and the table in `readme` are written after
-    each row; the rows of other models stay as they were.
+    The rows that a goal compares with are trained before its own; those that were not asked for,
+    only where they have not been measured. The results of this machine's file in `folder` and the
+    table in `readme` are written after each row; all other rows stay as they were.
 
     Args:
         measure: trains one row; measure_row in a process of its own by default.
@@ -54,8 +55,10 @@ def run_models(
     folder.mkdir(parents=True, exist_ok=True)
     results = Results.of_this_machine(folder)
     results.write()  # now: an hour of training later is too late to find out
-    for position, row in enumerate(chosen, start=1):
-        report(f"{position} of {len(chosen)}: leedl-fast train {row.command}")
+    plan = in_order(chosen, results.records)
+    for position, row in enumerate(plan, start=1):
+        why = "" if row in chosen else ", which others are compared with"
+        report(f"{position} of {len(plan)}: leedl-fast train {row.command}{why}")
         try:
             record = (measure or _measure_apart)(row)
         except Exception as error:  # whatever ended this row, the others are trained
@@ -66,7 +69,26 @@ def run_models(
         if readme is not None:
             write_readme(readme, results)
         report("; ".join(reached_texts(row, results.records)))
-    return [line for row in chosen for line in missed(row, results.records)]
+    return [line for row in plan for line in missed(row, results.records)]
+
+
+def in_order(chosen: Iterable[Row], records: Mapping[str, Record]) -> list[Row]:
+    """The rows to train for `chosen`: first those that they are compared with, as far as these
+    are chosen themselves or have no metrics in `records`.
+    """
+    chosen = list(chosen)
+    plan: list[Row] = []
+
+    def add(row: Row) -> None:
+        for other in row.compared:
+            if other in chosen or "metrics" not in records.get(other.key, {}):
+                add(other)
+        if row not in plan:
+            plan.append(row)
+
+    for row in chosen:
+        add(row)
+    return plan
 
 
 def missed(row: Row, records: Mapping[str, Record]) -> list[str]:
@@ -75,7 +97,7 @@ def missed(row: Row, records: Mapping[str, Record]) -> list[str]:
         return [f"{row.key}: {records[row.key]['error']}"]
     return [
         f"{row.key}: {outcome.goal}, got "
-        f"{'no such metric' if outcome.value is None else f'{outcome.value:.4g}'}"
+        f"{f'no {outcome.missing}' if outcome.value is None else f'{outcome.value:.4g}'}"
         for outcome in row.outcomes(records)
         if not outcome.reached
     ]

@@ -35,7 +35,25 @@ class Sleeper(Task):
     variants = (Variant(goals=(Goal("noise", 0.5, "at most"),)),)
 
 
-METRICS = {"runner": {"speed": 4.0}, "runner/tired": {"speed": 2.0}, "sleeper": {"noise": 0.25}}
+class Pacer(Task):
+    name = "pacer"
+    title = "Pacer"
+    shows = "pace"
+    data_text = "a track"
+    variants = (
+        Variant(),
+        Variant("even", {"steps": 2}, (Goal("speed", 1.0, minus="slow/speed"),)),
+        Variant("slow", {"steps": 1}),
+    )
+
+
+METRICS = {
+    "runner": {"speed": 4.0},
+    "runner/tired": {"speed": 2.0},
+    "sleeper": {"noise": 0.25},
+    "pacer/even": {"speed": 3.0},
+    "pacer/slow": {"speed": 2.0},
+}
 
 
 @pytest.fixture
@@ -92,7 +110,16 @@ def readme_rows(folder):
 def test_every_row_is_trained_and_written(models):
     result = models()
     assert result.exit_code == 0, result.stderr
-    assert models.trained == ["runner", "runner/tired", "sleeper"]
+    # What runner is compared with goes first, so that its outcome is known at once.
+    assert models.trained == ["runner/tired", "runner", "sleeper"]
+    assert result.stdout.splitlines() == [
+        "1 of 3: leedl-fast train runner --variant tired",
+        "speed 2",
+        "2 of 3: leedl-fast train runner",
+        "4; 2",
+        "3 of 3: leedl-fast train sleeper",
+        "0.25",
+    ]
     rows = written(models.folder)
     assert rows["runner"]["metrics"] == {"speed": 4.0}
     assert rows["runner"]["seconds"] == 61.4
@@ -126,11 +153,11 @@ def test_a_row_that_fails_is_named_and_the_others_are_trained(models):
     result = models()
     assert result.exit_code == 1
     assert result.stderr.splitlines()[1:] == [
-        "runner: speed - tired/speed at least 1, got no such metric",
         "runner/tired: ValueError: no water",
+        "runner: speed - tired/speed at least 1, got no tired/speed",
     ]
     rows = readme_rows(models.folder)
-    assert rows["runner"][2] == "4; speed unknown, missed"
+    assert rows["runner"][2] == "4; speed unknown without tired/speed, missed"
     assert rows["runner --variant tired"][2:5] == ["failed: ValueError: no water", "", ""]
     assert rows["sleeper"][2] == "0.25"
 
@@ -156,6 +183,30 @@ def test_only_the_named_models_change(models):
     assert rows["runner"]["metrics"] == {"speed": 4.0}
     assert rows["sleeper"]["metrics"] == {"noise": 0.125}
     assert readme_rows(models.folder)["runner"][2] == "4; 2"
+
+
+def test_one_row_brings_what_it_is_compared_with_where_that_is_not_measured(models, monkeypatch):
+    monkeypatch.setitem(TASKS, "pacer", f"{__name__}:Pacer")
+    result = models("pacer/even")
+    assert result.exit_code == 0, result.stderr
+    assert models.trained == ["pacer/slow", "pacer/even"]
+    assert result.stdout.splitlines() == [
+        "1 of 2: leedl-fast train pacer --variant slow, which others are compared with",
+        "speed 2",
+        "2 of 2: leedl-fast train pacer --variant even",
+        "1",
+    ]
+    assert written(models.folder).keys() == {"pacer/slow", "pacer/even"}
+    models.trained.clear()
+    assert models("pacer/even").exit_code == 0
+    assert models.trained == ["pacer/even"]  # the other one is known by now
+    # One that failed is not known: it is trained again.
+    models.metrics["pacer/slow"] = ValueError("no water")
+    assert models("pacer/slow").exit_code == 1
+    models.metrics["pacer/slow"] = {"speed": 2.5}
+    models.trained.clear()
+    assert models("pacer/even", "sleeper", "pacer/even").exit_code == 1
+    assert models.trained == ["pacer/slow", "pacer/even", "sleeper"]
 
 
 def test_rows_of_models_that_are_gone_are_dropped(models, monkeypatch):
@@ -208,6 +259,11 @@ def test_the_list_shows_what_was_reached_and_where(models):
 def test_bad_arguments(models):
     for arguments, message in (
         (["models", "walker", "--run"], "model must be one of runner, sleeper, got 'walker'"),
+        (
+            ["models", "runner/fast", "--run"],
+            "variant of runner must be one of ['', 'tired'], got 'fast'",
+        ),
+        (["models", "runner/tired"], "model must be one of runner, sleeper, got 'runner/tired'"),
         (["models", "--readme", "README.md"], "--readme is for --run, got it without"),
     ):
         result = invoke(*arguments)
