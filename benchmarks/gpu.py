@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from leedl_fast import add_layer_norm, attention, diffusion
+from leedl_fast.files import write_file
 from leedl_fast.kernels import add_layer_norm_backward, attention_blocks
 from leedl_fast.testing.bench import interleave, measure_ceilings, synchronized
 from leedl_fast.tuning import takes_descriptors
@@ -323,7 +324,7 @@ def main(output: Path) -> None:
                 _add_rates(part, results)
             results["cases"][name] = measured
         print(name, json.dumps(results["cases"][name]), flush=True)
-        output.write_text(json.dumps(results, indent=1))
+        write_file(json.dumps(results, indent=1).encode(), output)
 
 
 def _add_rates(part: dict[str, Any], ceilings: dict[str, Any]) -> None:

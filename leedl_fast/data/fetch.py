@@ -93,7 +93,14 @@ def fetch(name: str) -> Path:
         ) from None
     try:
         with tempfile.TemporaryDirectory(prefix="leedl_fast_") as download:
-            _extract(row, _download(row, Path(download)), staging)
+            archive = _download(row, Path(download))
+            try:
+                _extract(row, archive, staging)
+            except OSError as error:
+                raise FetchError(
+                    f"{name} cannot be copied from {archive.name} to {str(folder.parent)!r}: "
+                    f"{error.strerror or error}"
+                ) from error
         staging.chmod(0o755)
         try:
             staging.rename(folder)

