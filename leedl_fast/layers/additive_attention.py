@@ -26,7 +26,8 @@ class AdditiveAttention(nn.Module):
         bias: whether the projections have biases. k has none: q's bias already shifts q + k.
 
     Shapes: query (batch, seqlen_q, embed_dim), key and value (batch, seqlen_k, embed_dim),
-    key_lengths int64 (batch,); the output is (batch, seqlen_q, embed_dim).
+    key_lengths int64 (batch,); the output is (batch, seqlen_q, embed_dim). With need_weights=True
+    it is (output, weights), the weights (batch, num_heads, seqlen_q, seqlen_k).
 
     Memory grows with seqlen_q + seqlen_k, forward and backward. ValueError where a size is wrong.
 
@@ -89,8 +90,34 @@ class AdditiveAttention(nn.Module):
         value: Tensor | None = None,
         *,
         key_lengths: Tensor | None = None,
+        need_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Self-attention of `query`, or cross-attention when `key` (and `value`) are given.
+
+        need_weights computes the weights a second time, in plain PyTorch: the fused kernels never
+        hold them.
+        """
+        q, k, v = self._heads(query, key, value)
+        out = self._attention(q, k, v, key_lengths)
+        output = self.out_proj(out.transpose(1, 2).flatten(2))
+        return (output, self._weights(q, k, key_lengths)) if need_weights else output
+
+    def attention_weights(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        key_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention of `query`, or cross-attention when `key` (and `value`) are given."""
+        """The weights of `forward` alone: (batch, num_heads, seqlen_q, seqlen_k)."""
+        q, k, _ = self._heads(query, key, value)
+        return self._weights(q, k, key_lengths)
+
+    def _heads(
+        self, query: Tensor, key: Tensor | None, value: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (batch, num_heads, seqlen, width)."""
         if key is None and value is not None:
             raise ValueError("key must be given when value is, got None")
         key = query if key is None else key
@@ -101,17 +128,38 @@ class AdditiveAttention(nn.Module):
                     f"{name} must have shape (batch, seqlen, {self.embed_dim}), "
                     f"got {tuple(x.shape)}"
                 )
-        q = self._split_heads(self.q_proj(query))
-        out = additive_attention(
-            q,
+        return (
+            self._split_heads(self.q_proj(query)),
             self._split_heads(self.k_proj(key)),
             self._split_heads(self.v_proj(value)),
+        )
+
+    def _attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_lengths: Tensor | None,
+        *,
+        backend: str | None = None,
+    ) -> Tensor:
+        return additive_attention(
+            q,
+            k,
+            v,
             self.score_weight.to(q.dtype),  # under autocast the projections are of another one
             causal=self.causal,
             window=self.window,
             key_lengths=key_lengths,
+            backend=backend,
         )
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def _weights(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Tensor:
+        """Unit vectors as values, as in MultiHeadAttention."""
+        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
+        return self._attention(
+            q, k, units.expand(*k.shape[:2], -1, -1), key_lengths, backend="eager"
+        )
 
     def _split_heads(self, x: Tensor) -> Tensor:
         """A view: (batch, seqlen, num_heads * width) -> (batch, num_heads, seqlen, width)."""

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from leedl_fast.layers import AdditiveAttention, MultiHeadAttention
+from leedl_fast.layers.attention_maps import record_attention
 from leedl_fast.reference.attention import visible_keys
 
 WIDTH, HEADS = 24, 3
@@ -77,6 +78,29 @@ def test_keys_beyond_key_lengths_change_nothing(backend):
     key[1, 4:] = 1e3
     assert torch.equal(layer(query, key, key_lengths=lengths), expected)
     torch.testing.assert_close(expected[1], layer(query[1:], key[1:, :4])[0])
+
+
+def test_weights_make_the_output(backend):
+    layer = AdditiveAttention(WIDTH, HEADS, window=(2, 1), score_dim=5)
+    x, lengths = torch.randn(2, 6, WIDTH), torch.tensor([6, 4])
+    out, weights = layer(x, key_lengths=lengths, need_weights=True)
+    assert torch.equal(out, layer(x, key_lengths=lengths))
+    assert torch.equal(weights, layer.attention_weights(x, key_lengths=lengths))
+    seen = visible_keys(6, 6, 2, 1, lengths, torch.device("cpu")).expand(2, HEADS, 6, 6)
+    assert (weights[~seen] == 0).all()
+    torch.testing.assert_close(weights.sum(-1), seen.any(-1).to(torch.float32))
+    v = layer.v_proj(x).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    expected = layer.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_maps_are_recorded(backend):
+    model = nn.ModuleDict({"first": AdditiveAttention(WIDTH, HEADS)})
+    query, key = torch.randn(1, 4, WIDTH), torch.randn(1, 7, WIDTH)
+    with record_attention(model) as maps:
+        model["first"](query, key)
+    assert torch.equal(maps["first"], model["first"].attention_weights(query, key))
+    assert maps["first"].shape == (1, HEADS, 4, 7)
 
 
 @pytest.mark.parametrize(
