@@ -111,7 +111,7 @@ class Autoencoder(nn.Module):
 
     def add_noise(self, images: Tensor) -> Tensor:
         noise = self.config.noise
-        return images if noise == 0 else images + noise * torch.randn_like(images)
+        return images if noise == 0 else images + noise * _normal_like(images)
 
     @torch.no_grad()
     def sample(self, num_samples: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -154,7 +154,7 @@ class VAE(nn.Module):
         the prior. Kingma and Welling, equation 10.
         """
         mean, log_variance = self.encode(images)
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+        z = mean + (0.5 * log_variance).exp() * _normal_like(mean)
         error = (self.decoder(z) - images).square().flatten(1).sum(dim=1)
         return (error / (2 * self.config.output_std**2) + kl_divergence(mean, log_variance)).mean()
 
@@ -178,3 +178,10 @@ class VAE(nn.Module):
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)), summed over the last dimension."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=-1)
+
+
+def _normal_like(x: Tensor) -> Tensor:
+    """Standard normal numbers of x's shape, drawn in float32 and then rounded: torch draws others
+    in other dtypes, and a loss in bfloat16 would differ by more than rounding.
+    """
+    return torch.randn(x.shape, dtype=torch.float32, device=x.device).to(x.dtype)

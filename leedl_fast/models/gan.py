@@ -200,8 +200,8 @@ class GAN(nn.Module):
         low = torch.stack([self._low(scores) for scores in low_scores]).mean()
         loss = self._low(-real_scores) + low
         if self.config.loss == "wgan-gp":
-            share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=real.dtype)
-            between = torch.lerp(fake.to(real.dtype), real, share)
+            share = torch.rand(len(real), 1, 1, 1, device=real.device, dtype=torch.float32)
+            between = torch.lerp(fake.to(real.dtype), real, share.to(real.dtype))
             penalty = gradient_penalty(self.discriminator, between, condition)
             loss = loss + self.config.gradient_penalty * penalty
         return loss
@@ -213,16 +213,18 @@ class GAN(nn.Module):
         return self._low(-self.discriminator(fake, condition))
 
     def latents(self, num_images: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Latents (num_images, latent_dim) of mean 0 and variance 1."""
+        """Latents (num_images, latent_dim) of mean 0 and variance 1; drawn in float32, since torch
+        draws other numbers in other dtypes.
+        """
         weight = next(self.parameters())
         size = (num_images, self.config.latent_dim)
         draw = torch.randn if self.config.latent == "gaussian" else torch.rand
-        z = draw(size, generator=generator, device=weight.device, dtype=weight.dtype)
+        z = draw(size, generator=generator, device=weight.device, dtype=torch.float32)
         if self.config.latent == "uniform":
-            return (2 * z - 1) * math.sqrt(3)
-        if self.config.latent == "binomial":  # one trial: -1 or 1
-            return (z < 0.5).to(z.dtype) * 2 - 1
-        return z
+            z = (2 * z - 1) * math.sqrt(3)
+        elif self.config.latent == "binomial":  # one trial: -1 or 1
+            z = (z < 0.5).float() * 2 - 1
+        return z.to(weight.dtype)
 
     def _low(self, scores: Tensor) -> Tensor:
         """What makes `scores` fall; the negated scores make them rise."""

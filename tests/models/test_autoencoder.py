@@ -198,3 +198,22 @@ def test_perplexity():
 def test_bad_configs(config, options, message):
     with pytest.raises(ValueError, match=message):
         config(**SMALL | options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_noise_is_the_same_at_every_precision(dtype):
+    model, clean = small(Autoencoder, noise=1.0), torch.zeros(3, 1, 8, 8)
+    torch.manual_seed(5)
+    expected = model.add_noise(clean)
+    torch.manual_seed(5)
+    assert torch.equal(model.add_noise(clean.to(dtype)), expected.to(dtype))
+
+
+def test_a_vae_in_float64_has_the_loss_of_one_in_float32():
+    """The latents are drawn: torch's own float64 draws would be others."""
+    model = small(VAE)
+    torch.manual_seed(5)
+    expected = model.loss(images())
+    torch.manual_seed(5)
+    loss = model.double().loss(images().double())
+    torch.testing.assert_close(loss.float(), expected)

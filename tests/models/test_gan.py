@@ -243,3 +243,23 @@ def test_bad_inputs():
         model(torch.zeros(2, 7))
     with pytest.raises(ValueError, match=r"\(batch, 1, size, size\), got \(2, 3, 8, 8\)"):
         model.discriminator(torch.zeros(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("latent", ["gaussian", "uniform", "binomial"])
+def test_latents_are_the_same_at_every_precision(latent, dtype):
+    model = small_gan(latent=latent)
+    torch.manual_seed(5)
+    expected = model.latents(7)
+    torch.manual_seed(5)
+    assert torch.equal(model.to(dtype).latents(7), expected.to(dtype))
+
+
+@pytest.mark.parametrize("loss", ["js", "wgan-gp"])
+def test_a_gan_in_float64_has_the_loss_of_one_in_float32(loss):
+    model = small_gan(loss=loss)
+    torch.manual_seed(5)
+    expected = model.discriminator_loss(images())
+    torch.manual_seed(5)
+    found = model.double().discriminator_loss(images().double())
+    torch.testing.assert_close(found.float(), expected)

@@ -323,15 +323,20 @@ MIXED = ["gpt", "bert", "gan", "autoencoder", "vae", "vqvae"]
         ("vae", "bf16-true"),
         ("gpt", "64-true"),
         ("autoencoder", "64-true"),
+        ("vae", "64-true"),
+        ("gan", "64-true"),
     ],
 )
 def test_other_precisions_follow_float32(name, precision):
-    """Every variant trains and is evaluated; the losses stay near those of float32."""
+    """Every variant trains and is evaluated; the losses differ from those of float32 by rounding:
+    noise is the same at every precision.
+    """
     sizes = {"steps": 3, "batch_size": 4, "embed_dim": 16, "num_heads": 2, "num_layers": 1}
     for variant in task_class(name).variants:
         expected = train(configure(name, variant.name, **sizes), quiet=True)
         result = train(configure(name, variant.name, **sizes, precision=precision), quiet=True)
-        assert result.losses == pytest.approx(expected.losses, rel=0.1), variant.name
+        tolerance = 1e-3 if precision == "64-true" else 0.1
+        assert result.losses == pytest.approx(expected.losses, rel=tolerance), variant.name
         wanted = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
         dtypes = {parameter.dtype for parameter in result.task.model.parameters()}
         assert dtypes == {wanted.get(precision, torch.float32)}
