@@ -182,7 +182,12 @@ def sample(
     set_: Changes = None,
     output: Annotated[Path, typer.Option(help="Folder for pictures.")] = Path(),
     attention_maps: Annotated[
-        Path | None, typer.Option(help="Write who attends to whom as a picture, a PNG file.")
+        str | None,
+        typer.Option(
+            help="A PNG file for who attends to whom in the last sample; short for "
+            "--set attention_maps=...",
+            show_default=False,
+        ),
     ] = None,
     backend: Backend = None,
 ) -> None:
@@ -201,16 +206,19 @@ def sample(
         if "prompt" not in {field.name for field in dataclasses.fields(options_class)}:
             raise ValueError(f"--prompt is for models that read a text, got it with {name}")
         values["prompt"] = prompt
-    options = options_class(**values)
     if attention_maps is not None:
-        check_folder_of(attention_maps, "attention-maps")
+        values["attention_maps"] = attention_maps
+    options = options_class(**values)
+    picture = None if options.attention_maps is None else Path(options.attention_maps)
+    if picture is not None:
+        check_folder_of(picture, "attention-maps")
     task = load_task(checkpoint, name)
     with contextlib.ExitStack() as stack:
         if backend is not None:
             stack.enter_context(use_backend(backend))
         stack.enter_context(held_out(task))
         maps: dict[str, Any] = {}
-        if attention_maps is not None:
+        if picture is not None:
             from leedl_fast.layers.attention_maps import record_attention
 
             maps = stack.enter_context(record_attention(task.inference_model))
@@ -218,9 +226,9 @@ def sample(
             sys.stdout.write(text)
             sys.stdout.flush()
     sys.stdout.write("\n")
-    if attention_maps is not None:
-        write_maps(maps, attention_maps)
-        typer.echo(f"wrote {attention_maps}", err=True)
+    if picture is not None:
+        write_maps(maps, picture)
+        typer.echo(f"wrote {picture}", err=True)
 
 
 @app.command()

@@ -58,9 +58,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What `leedl-fast sample` takes; a task adds fields in a subclass."""
+    """What `leedl-fast sample` takes; a task adds fields in a subclass.
+
+    attention_maps: a PNG file for who attends to whom in the last sample; None for none.
+    """
 
     seed: int = 0
+    attention_maps: str | None = None
 
 
 class Task(lightning.LightningModule):

@@ -74,8 +74,13 @@ def test_bfloat16_follows_float32(pairs, variant, precision):
 
 def test_attention_maps_are_of_the_whole_translation(pairs):
     task = make_task(configure("transformer", data=pairs, **TINY))
+    passes = []
+    task.inference_model.register_forward_hook(lambda *arguments: passes.append(arguments))
+    without = translate(task, "no. 1")
+    assert passes == []  # without maps nothing but the search runs
     with record_attention(task.inference_model) as maps:
-        translate(task, "no. 1")
+        assert translate(task, "no. 1", attention_maps="maps.png") == without
+    assert len(passes) == 1
     said = maps["decoder.layers.0.multihead_attn"].shape[2]
     assert said > 1
     assert maps["decoder.layers.0.self_attn"].shape[2:] == (said, said)

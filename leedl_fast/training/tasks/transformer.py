@@ -234,8 +234,8 @@ class TransformerTask(Task):
                 torch.tensor([len(tokens)], device=self.device),
             )
             (said,) = decode(self.inference_model, *inputs, beam_size=beam_size)
-            if self.model.config.autoregressive:
-                # Once more without a cache: attention maps are of the whole translation.
+            if options.attention_maps is not None and self.model.config.autoregressive:
+                # Once more without a cache: the maps are of the whole translation.
                 self.inference_model(*inputs, torch.tensor([[BEGIN, *said]], device=self.device))
             yield f"{source}\n  -> {self.vocabulary.decode(said)}\n"
             if reference is not None:
