@@ -57,7 +57,9 @@ def load_mnist() -> Images:
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
 
 
-def load_image_folder(path: str | Path, *, size: int | None = None, channels: int = 1) -> Images:
+def load_image_folder(
+    path: str | Path, *, size: int | None = None, channels: int = 1, at_least: int = 2
+) -> Images:
     """The images of a folder; those of its subfolders, with the subfolders' names as labels.
 
     Args:
@@ -65,6 +67,7 @@ def load_image_folder(path: str | Path, *, size: int | None = None, channels: in
         size: height and width to which each image is cut (in the middle) and scaled; None means
             that all images have one size already.
         channels: 1 for grey, 3 for colours.
+        at_least: how many images there must be; 2 to train on some and to hold out others.
     """
     path = Path(path)
     if not path.is_dir():
@@ -72,9 +75,10 @@ def load_image_folder(path: str | Path, *, size: int | None = None, channels: in
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-    if len(files) < 2:
+    if len(files) < at_least:
         raise ValueError(
-            f"data must be a folder with at least 2 images, got {len(files)} in {str(path)!r}"
+            f"data must be a folder with at least {at_least} images, got {len(files)} in "
+            f"{str(path)!r}"
         )
     is_loose = [file.parent == path for file in files]
     if any(is_loose) and not all(is_loose):

@@ -51,9 +51,6 @@ def split_images(images: Images, seed: int) -> tuple[Images, Images]:
     )
 
 
-SCALE = 4  # of the pictures: the images are small
-
-
 def picture_path(output: Path | None, name: str) -> Path:
     """In the folder `output`, which is created."""
     if output is None:

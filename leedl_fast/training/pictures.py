@@ -15,11 +15,18 @@ from torch import Tensor
 from leedl_fast.files import write_file
 
 MAX_HEADS = 8  # of a layer, and layers, in one picture of maps
+CELL = 96  # pixels of the longer side of an image in a grid: small images are enlarged about so
 
 
-def write_grid(images: Tensor, path: str | Path, *, columns: int, scale: int = 1) -> None:
-    """Images (num_images, 1 or 3, height, width) in [0, 1], row by row, each `scale` times as
-    large, with a grey line between them.
+def grid_sizes(height: int, width: int) -> tuple[int, int]:
+    """How many times as large an image of a grid is drawn, and the pixels of the line after it."""
+    scale = max(1, round(CELL / max(height, width)))
+    return scale, max(2, scale // 3)
+
+
+def write_grid(images: Tensor, path: str | Path, *, columns: int) -> None:
+    """Images (num_images, 1 or 3, height, width) in [0, 1], row by row, with a grey line between
+    them; see `grid_sizes`.
     """
     from PIL import Image
 
@@ -30,8 +37,9 @@ def write_grid(images: Tensor, path: str | Path, *, columns: int, scale: int = 1
         )
     rows = math.ceil(len(images) / columns)
     images = images.detach().cpu().float().clamp(0, 1)
+    scale, line = grid_sizes(*images.shape[2:])
     images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    images = F.pad(images, (0, 1, 0, 1), value=0.5)
+    images = F.pad(images, (0, line, 0, line), value=0.5)
     _, channels, height, width = images.shape
     grid = torch.ones(rows * columns, channels, height, width)
     grid[: len(images)] = images
@@ -46,8 +54,10 @@ def write_grid(images: Tensor, path: str | Path, *, columns: int, scale: int = 1
 
 def write_maps(maps: Mapping[str, Tensor], path: str | Path) -> None:
     """Attention weights (batch, num_heads, seqlen_q, seqlen_k) by layer; those of the first sample,
-    a row of heads per layer.
+    a row of heads per layer. Each head's colours reach from 0 to its largest weight.
     """
+    from matplotlib.ticker import MaxNLocator
+
     if not maps:
         raise ValueError("attention maps must be of a model with attention, got none")
     names = list(maps)[:MAX_HEADS]
@@ -60,9 +70,10 @@ def write_maps(maps: Mapping[str, Tensor], path: str | Path) -> None:
             axis.set_visible(head < len(weights))
             if head < len(weights):
                 axis.imshow(weights[head], cmap="viridis", aspect="auto", vmin=0)
-                axis.set_title(f"head {head}", fontsize=7)
+                axis.set_title(f"head {head}, up to {weights[head].max():.2g}", fontsize=7)
                 axis.tick_params(labelsize=5)
-                axis.locator_params(integer=True)
+                for side in (axis.xaxis, axis.yaxis):
+                    side.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         row[0].set_ylabel(f"{name}\nquery", fontsize=6)
     for axis in axes[-1]:
         axis.set_xlabel("key", fontsize=6)

@@ -62,8 +62,8 @@ def test_a_gan_reads_texts(tmp_path):
     task = load_task(result.checkpoint, "gan")
     options = task.SampleOptions(prompt="a seven", columns=3)
     (line,) = task.sample(options, tmp_path)
-    assert line == f"wrote {tmp_path / 'gan.png'}\n"
-    assert matplotlib.image.imread(tmp_path / "gan.png").shape[:2] == (33, 99)
+    assert line == f"wrote {tmp_path / 'gan.png'}: a row of each of: a seven\n"
+    assert matplotlib.image.imread(tmp_path / "gan.png").shape[:2] == (100, 300)
     with pytest.raises(ValueError, match="prompt must have 1 to 22 characters, got 'a a a"):
         list(task.sample(task.SampleOptions(prompt="a " * 20), tmp_path))
     assert captions_of("7") == [
@@ -160,7 +160,7 @@ def test_samples_are_pictures_that_follow_the_seed(few_negatives, tmp_path, name
         return matplotlib.image.imread(tmp_path / f"{name}.png")
 
     first = picture(0)
-    assert first.shape[1] == 132  # 4 columns of 8 pixels, 4 times as large, and a line
+    assert first.shape[1] == 400  # 4 columns of 8 pixels, 12 times as large, and a line of 4
     assert first.std() > 0.05
     assert np.array_equal(first, picture(0))
     assert not np.array_equal(first, picture(1))
@@ -179,9 +179,14 @@ def test_own_images_train_and_are_reconstructed_with_a_score(tmp_path):
     *scores, line = task.sample(task.SampleOptions(images=data, columns=4), tmp_path)
     assert len(scores) == 10
     assert scores[9].startswith("image 10: anomaly score 0.")
-    assert line.startswith("wrote")
+    assert line.startswith(f"wrote {tmp_path / 'autoencoder.png'}: rows of images, each above")
     picture = matplotlib.image.imread(tmp_path / "autoencoder.png")
-    assert picture.shape[:2] == (198, 132)  # 3 rows of images, 3 of reconstructions
+    assert picture.shape[:2] == (600, 400)  # 3 rows of images, 3 of reconstructions
+    one = write_folder(tmp_path / "one", all=1)
+    assert len(list(task.sample(task.SampleOptions(images=one, columns=1), tmp_path))) == 2
+    empty = write_folder(tmp_path / "empty", all=0)
+    with pytest.raises(ValueError, match="with at least 1 images, got 0"):
+        list(task.sample(task.SampleOptions(images=empty), tmp_path))
 
 
 def test_own_images_with_and_without_labels(tmp_path):
@@ -189,7 +194,7 @@ def test_own_images_with_and_without_labels(tmp_path):
     result = run("gan", **TINY, data=labelled, size=8)
     assert result.task.about["label_names"] == ["cat", "dog"]
     plain = write_folder(tmp_path / "plain", all=8)
-    with pytest.raises(ValueError, match='num_labels must be at least 1 for condition "label"'):
+    with pytest.raises(ValueError, match='a subfolder of images per label for condition "label"'):
         run("gan", **TINY, data=plain, size=8)
     assert "agreement" not in run("gan", **TINY, data=plain, size=8, condition="none").metrics
 

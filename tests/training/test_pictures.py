@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from leedl_fast import files
-from leedl_fast.training.pictures import write_curves, write_grid, write_maps
+from leedl_fast.training.pictures import grid_sizes, write_curves, write_grid, write_maps
 
 
 def read(path):
@@ -19,27 +19,36 @@ def read(path):
 
 
 def test_a_grid_is_the_images_row_by_row(tmp_path):
-    images = torch.rand(3, 1, 2, 4)
-    write_grid(images, tmp_path / "grid.png", columns=2, scale=3)
+    images = torch.rand(3, 1, 16, 32)
+    write_grid(images, tmp_path / "grid.png", columns=2)
     pixels = read(tmp_path / "grid.png")
-    assert pixels.shape == (2 * (2 * 3 + 1), 2 * (4 * 3 + 1))
+    # Three times as large, for 96 pixels on the longer side, and a line of two pixels.
+    assert pixels.shape == (2 * 50, 2 * 98)
     bytes_of = (images * 255).round().byte().numpy()[:, 0]
     for number, image in enumerate(bytes_of):
-        top, left = 7 * (number // 2), 13 * (number % 2)
-        cell = pixels[top : top + 6, left : left + 12]
+        top, left = 50 * (number // 2), 98 * (number % 2)
+        cell = pixels[top : top + 48, left : left + 96]
         assert np.array_equal(cell, image.repeat(3, 0).repeat(3, 1))
-        assert (pixels[top + 6, left : left + 13] == 128).all()  # the line below
-        assert (pixels[top : top + 7, left + 12] == 128).all()  # and the one on the right
-    assert (pixels[7:, 13:] == 255).all()  # no fourth image
+        assert (pixels[top + 48 : top + 50, left : left + 98] == 128).all()  # the line below
+        assert (pixels[top : top + 50, left + 96 : left + 98] == 128).all()  # the one on the right
+    assert (pixels[50:, 98:] == 255).all()  # no fourth image
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [((8, 8), (12, 4)), ((28, 28), (3, 2)), ((64, 48), (2, 2)), ((500, 300), (1, 2))],
+)
+def test_small_images_are_enlarged(size, sizes):
+    assert grid_sizes(*size) == sizes
 
 
 def test_a_grid_in_colours_and_values_beyond_white(tmp_path):
-    images = torch.tensor([1.5, 0.2, -1.0]).view(1, 3, 1, 1)
+    images = torch.tensor([1.5, 0.2, -1.0]).view(1, 3, 1, 1).expand(1, 3, 96, 96)
     write_grid(images, tmp_path / "grid.png", columns=1)
     pixels = read(tmp_path / "grid.png")
-    assert pixels.shape == (2, 2, 3)
-    assert pixels[0, 0].tolist() == [255, 51, 0]
-    assert (pixels[1] == 128).all()
+    assert pixels.shape == (98, 98, 3)
+    assert (pixels[:96, :96] == [255, 51, 0]).all()
+    assert (pixels[96:] == 128).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 1, 2, 2), (1, 2, 2, 2), (2, 2)])

@@ -17,7 +17,6 @@ from leedl_fast.models.autoencoder import VAE, Autoencoder, AutoencoderConfig
 from leedl_fast.models.patches import patchify
 from leedl_fast.models.vqvae import VQVAE, VQVAEConfig, perplexity
 from leedl_fast.training.image_data import (
-    SCALE,
     ImageSettings,
     describe_images,
     load_images,
@@ -90,16 +89,18 @@ class _ReconstructionTask(Task):
         """New images from the decoder; or the images of a folder above their reconstructions."""
         path = picture_path(output, f"{self.name}.png")
         model = self.inference_model
+        what = "new images"
         if options.images is None:
             generator = torch.Generator(self.device).manual_seed(options.seed)
             write_grid(
                 model.sample(options.columns**2, generator=generator),
                 path,
                 columns=options.columns,
-                scale=SCALE,
             )
         else:
-            images = load_image_folder(options.images, size=self.about["image_size"]).images
+            what = "rows of images, each above the row of their reconstructions"
+            size = self.about["image_size"]
+            images = load_image_folder(options.images, size=size, at_least=1).images
             images = images.to(self.device)
             reconstructions = model(images).clamp(0, 1)
             yield from self._scores(images)
@@ -107,9 +108,8 @@ class _ReconstructionTask(Task):
                 _interleaved_rows(images, reconstructions, options.columns),
                 path,
                 columns=options.columns,
-                scale=SCALE,
             )
-        yield f"wrote {path}\n"
+        yield f"wrote {path}: {what}\n"
 
     def _scores(self, images: Tensor) -> Iterator[str]:
         return iter(())

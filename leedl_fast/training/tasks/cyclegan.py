@@ -14,7 +14,7 @@ from leedl_fast.data.images import load_image_folder, load_mnist
 from leedl_fast.data.split import split_indices
 from leedl_fast.models.cyclegan import CycleGAN, CycleGANConfig
 from leedl_fast.training.adversarial import AdversarialTask
-from leedl_fast.training.image_data import SCALE, ImageSettings, picture_path
+from leedl_fast.training.image_data import ImageSettings, picture_path
 from leedl_fast.training.judge import train_judge
 from leedl_fast.training.pictures import write_grid
 from leedl_fast.training.task import Goal, SampleOptions, Variant
@@ -196,9 +196,9 @@ class CycleGANTask(AdversarialTask):
             )
             images = images[order]
         else:
-            images = load_image_folder(options.images, size=self.about["image_size"]).images
+            size = self.about["image_size"]
+            images = load_image_folder(options.images, size=size, at_least=1).images
         images = images[: options.columns].to(self.device)
-        write_grid(
-            torch.cat((images, *self._cycle(images))), path, columns=len(images), scale=SCALE
-        )
-        yield f"wrote {path}\n"
+        write_grid(torch.cat((images, *self._cycle(images))), path, columns=len(images))
+        first, second = self.about["names"]
+        yield f"wrote {path}: {first}, translated to {second}, and back\n"

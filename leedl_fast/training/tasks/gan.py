@@ -17,7 +17,6 @@ from leedl_fast.models.gan import GAN, Condition, GANConfig
 from leedl_fast.models.vqvae import perplexity
 from leedl_fast.training.adversarial import AdversarialTask
 from leedl_fast.training.image_data import (
-    SCALE,
     ImageSettings,
     describe_images,
     load_images,
@@ -120,6 +119,12 @@ class GANTask(AdversarialTask):
         self.captions: list[list[str]] = self.about["captions"]
         flat = [caption for captions in self.captions for caption in captions]
         self.vocabulary = CharacterVocabulary.from_text("".join(flat)) if flat else None
+        condition = self.run_config.model["condition"]
+        if condition != "none" and not self.about["label_names"]:
+            raise ValueError(
+                f'data must have a subfolder of images per label for condition "{condition}", got '
+                "images without labels; --set condition=none draws without"
+            )
         return GAN(
             self.model_config(
                 image_size=self.about["image_size"],
@@ -250,11 +255,14 @@ class GANTask(AdversarialTask):
         rows = [options.prompt] if options.prompt else [captions[-1] for captions in self.captions]
         condition: Condition = ()
         if kind == "label":
-            condition = (torch.arange(len(names)),)
+            condition, rows = (torch.arange(len(names)),), names
         elif kind == "text":
             condition = self._texts(rows)
+        else:
+            rows = []
         num_rows = len(condition[0]) if condition else options.columns
         condition = tuple(part.repeat_interleave(options.columns, dim=0) for part in condition)
         images = self._generate(condition, num_rows * options.columns, generator)
-        write_grid(images, path, columns=options.columns, scale=SCALE)
-        yield f"wrote {path}\n"
+        write_grid(images, path, columns=options.columns)
+        what = f"a row of each of: {', '.join(rows)}" if rows else "whatever comes"
+        yield f"wrote {path}: {what}\n"
