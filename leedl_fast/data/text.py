@@ -35,7 +35,10 @@ def read_text(path: str | Path, what: str = "a text file") -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"data must be UTF-8 text, got {str(path)!r}: {error}") from None
     if not text.strip():
-        raise ValueError(f"data must not be empty, got {str(path)!r} of {len(text)} characters")
+        blank = ", all of them blank" if text else ""
+        raise ValueError(
+            f"data must not be empty, got {str(path)!r} of {len(text)} characters{blank}"
+        )
     return text
 
 
@@ -83,27 +86,27 @@ class TokenSplit:
     validation: Tensor
 
 
-def split_tokens(tokens: Tensor, context: int, validation_share: float = 0.1) -> TokenSplit:
-    """Both parts hold at least context + 1 tokens: one crop's inputs and their successors."""
-    num_validation = max(int(len(tokens) * validation_share), context + 1)
+def split_tokens(tokens: Tensor, context_length: int, validation_share: float = 0.1) -> TokenSplit:
+    """Both parts hold at least context_length + 1 tokens, a crop's inputs and their successors."""
+    num_validation = max(int(len(tokens) * validation_share), context_length + 1)
     num_train = len(tokens) - num_validation
-    if num_train < context + 1:
+    if num_train < context_length + 1:
         raise ValueError(
-            f"data must have at least 2 * (context + 1) = {2 * (context + 1)} characters, "
-            f"got {len(tokens)}"
+            f"data must have at least 2 * (context_length + 1) = {2 * (context_length + 1)} "
+            f"characters, got {len(tokens)}; a smaller context_length needs fewer"
         )
     return TokenSplit(tokens[:num_train], tokens[num_train:])
 
 
 def random_crops(
-    tokens: Tensor, *, context: int, batch_size: int, seed: int, step: int
+    tokens: Tensor, *, context_length: int, batch_size: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, each (batch_size, context): targets are the inputs' next tokens.
+    """Inputs and targets, each (batch_size, context_length): targets are the inputs' next tokens.
 
     The places are a function of (seed, step) alone: training that resumes at a step needs to
     remember nothing to see the same crops again.
     """
     generator = random.Random(f"{seed}/{step}")
-    starts = [generator.randrange(len(tokens) - context) for _ in range(batch_size)]
-    crops = torch.stack([tokens[start : start + context + 1] for start in starts])
+    starts = [generator.randrange(len(tokens) - context_length) for _ in range(batch_size)]
+    crops = torch.stack([tokens[start : start + context_length + 1] for start in starts])
     return crops[:, :-1].contiguous(), crops[:, 1:].contiguous()

@@ -11,7 +11,7 @@ import torch
 from leedl_fast.files import write_file
 
 KEY = "leedl_fast"  # where a checkpoint says which model it holds, and how that was trained
-FORMAT = 2
+FORMAT = 3
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
@@ -26,13 +26,13 @@ def read_checkpoint(path: str | Path, model: str) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint must be a file, got {str(path)!r}, which is no file")
-    content = io.BytesIO(path.read_bytes())
+    content = path.read_bytes()
     try:
-        checkpoint = torch.load(content, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no type of its own for a broken file
-        reason = str(error).split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"checkpoint must be a whole file written by training, got {str(path)!r} ({reason})"
+            f"checkpoint must be a whole file written by training, got {str(path)!r} of "
+            f"{len(content)} bytes, which is truncated or something else"
         ) from error
     about = checkpoint.get(KEY) if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or about.get("format") != FORMAT:

@@ -44,23 +44,23 @@ def test_vocabulary():
 
 def test_split_keeps_the_order_and_every_token():
     tokens = torch.arange(1000)
-    split = split_tokens(tokens, context=16)
+    split = split_tokens(tokens, context_length=16)
     assert torch.equal(torch.cat((split.train, split.validation)), tokens)
     assert len(split.validation) == 100
 
 
 def test_the_shortest_text_that_splits():
-    split = split_tokens(torch.arange(34), context=16)
+    split = split_tokens(torch.arange(34), context_length=16)
     assert (len(split.train), len(split.validation)) == (17, 17)
     with pytest.raises(
-        ValueError, match=r"data must have at least 2 \* \(context \+ 1\) = 34 .*33"
+        ValueError, match=r"data must have at least 2 \* \(context_length \+ 1\) = 34 .*33"
     ):
-        split_tokens(torch.arange(33), context=16)
+        split_tokens(torch.arange(33), context_length=16)
 
 
 def test_crops_are_a_function_of_seed_and_step():
     tokens = torch.arange(500)
-    sizes = {"context": 20, "batch_size": 3}
+    sizes = {"context_length": 20, "batch_size": 3}
     inputs, targets = random_crops(tokens, **sizes, seed=1, step=7)
     assert inputs.shape == targets.shape == (3, 20)
     assert torch.equal(targets, inputs + 1)
@@ -72,7 +72,7 @@ def test_crops_are_a_function_of_seed_and_step():
 def test_crops_reach_both_ends():
     tokens = torch.arange(12)
     starts = {
-        random_crops(tokens, context=9, batch_size=1, seed=0, step=step)[0][0, 0].item()
+        random_crops(tokens, context_length=9, batch_size=1, seed=0, step=step)[0][0, 0].item()
         for step in range(50)
     }
     assert starts == {0, 1, 2}

@@ -38,6 +38,16 @@ def test_it_learns_blanks_and_order(text, tmp_path):
     assert lines[0] == "Mnopqrstuvwxyzabcdefghij\n"
     assert lines[1].startswith("blank 1: 'u' ")
     assert lines[2].startswith("blank 2: 'f' ")
+    with torch.no_grad():
+        filled, reference, *blanks = result.task.sample(result.task.SampleOptions(), None)
+    held_out = reference.removeprefix("  (reference: ").removesuffix(")\n")
+    assert held_out in result.task.data.text[-len(result.task.data.text) // 10 :]
+    assert held_out[0].isupper()
+    assert len(filled) == len(held_out) + 1 == 25
+    # The blanks are the second character and every eighth one after it.
+    kept = [i for i in range(24) if i % 8 != 1]
+    assert [filled[i] for i in kept] == [held_out[i] for i in kept]
+    assert len(blanks) == 3
 
 
 def test_a_batch_is_a_function_of_its_number(text):
@@ -109,7 +119,9 @@ def test_bad_prompts(text):
     ):
         with pytest.raises(ValueError, match=message):
             list(task.sample(task.SampleOptions(prompt=prompt), None))
-    with pytest.raises(ValueError, match=r"sentences with 10000 characters .*, got 48 and 0"):
+    with pytest.raises(
+        ValueError, match=r"begins and 10000 characters .*, got 48 and 0; a smaller"
+    ):
         make_task(configure("bert", data=text, **TINY | {"max_length": 10_003}))
     with pytest.raises(ValueError, match="max_length must be at least 5, got 4"):
         make_task(configure("bert", data=text, **TINY | {"max_length": 4}))

@@ -256,13 +256,13 @@ def test_checkpoints_that_are_none(trained, tmp_path):
     }
     for name, content in broken.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=f"checkpoint must be a whole file .*{name}"):
+        with pytest.raises(ValueError, match=f"must be a whole file .*{name}' of {len(content)} "):
             read_checkpoint(tmp_path / name, "gpt")
     for content in ({"weights": 1}, [1], {KEY: {"format": 99}}):
         torch.save(content, tmp_path / "foreign")
-        with pytest.raises(ValueError, match="checkpoint must be one of format 2 written by leedl"):
+        with pytest.raises(ValueError, match="checkpoint must be one of format 3 written by leedl"):
             read_checkpoint(tmp_path / "foreign", "gpt")
-    torch.save({KEY: {"format": 2, "model": "bert"}}, tmp_path / "bert")
+    torch.save({KEY: {"format": 3, "model": "bert"}}, tmp_path / "bert")
     with pytest.raises(ValueError, match="checkpoint must hold a gpt model, got one of bert"):
         read_checkpoint(tmp_path / "bert", "gpt")
     with pytest.raises(ValueError, match="checkpoint must be a file, got"):
@@ -277,12 +277,22 @@ def test_a_trained_model_speaks_its_vocabulary(trained):
         return "".join(task.sample(GPTSampleOptions(prompt=prompt, tokens=tokens, **options), None))
 
     assert len(text()) == 4 + 20
+    assert text(None).startswith("\n")
     assert text(seed=1) == text(seed=1) != text(seed=2)
     assert set(text(top_k=1)) == set(text(temperature=0))
     with pytest.raises(ValueError, match="prompt must have at least 1 character"):
         text("")
     with pytest.raises(ValueError, match="must be made of the vocabulary's characters"):
         text("深")
+
+
+def test_without_a_prompt_any_vocabulary_does(tmp_path):
+    (tmp_path / "text.txt").write_text("多读书。" * 100)
+    task = train(small(data=str(tmp_path / "text.txt"), steps=1), quiet=True).task.eval()
+    with torch.no_grad():
+        text = "".join(task.sample(GPTSampleOptions(tokens=6), None))
+    assert len(text) == 7
+    assert set(text) <= set("多读书。")
 
 
 def test_the_checkpoint_says_how_it_was_made(trained):

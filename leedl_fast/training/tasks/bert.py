@@ -25,6 +25,8 @@ NUM_VALIDATION_PASSAGES = 64
 NUM_EVALUATION_PASSAGES = 400
 EVALUATION_BATCH_SIZE = 32
 EVALUATION_SEED = 0  # the blanks are the same for every model
+EXAMPLE_LENGTH = 60  # held-out characters that a checkpoint keeps to show
+BLANK_STEP = 8  # of those one in so many is a blank
 
 # Before a sentence: the end of another one, or an empty line.
 _SENTENCE_END = re.compile(r"(?:[.!?:。！？]['\")]*\s*|\n\s*\n\s*)(?<=[\s。！？])(?=\S)")
@@ -64,9 +66,11 @@ class BERTSettings(Settings):
 
 @dataclass(frozen=True)
 class BERTSampleOptions(SampleOptions):
-    """prompt: a text with some [MASK]; candidates: how many characters to name for each."""
+    """prompt: a text with some [MASK]; None shows a held-out one. candidates: how many characters
+    to name for each.
+    """
 
-    prompt: str = "The [MASK]bject is return[MASK]d by the f[MASK]nction."
+    prompt: str | None = None
     candidates: int = 3
 
 
@@ -115,7 +119,12 @@ class BERTTask(Task):
 
     @classmethod
     def describe(cls, data: Text) -> dict[str, Any]:
-        return {"vocabulary": data.vocabulary.characters}
+        border = int(len(data.text) * (1 - HELD_OUT))
+        begin = next((begin for begin in sentence_begins(data.text) if begin >= border), border)
+        return {
+            "vocabulary": data.vocabulary.characters,
+            "example": data.text[begin : begin + EXAMPLE_LENGTH],
+        }
 
     def build_model(self) -> BERTForPretraining:
         self.vocabulary = CharacterVocabulary(self.about["vocabulary"])
@@ -139,8 +148,9 @@ class BERTTask(Task):
         held_out = [begin for begin in begins if border <= begin <= len(data.text) - seqlen]
         if not train or not held_out:
             raise ValueError(
-                f"data must have sentences with {seqlen} characters from where they begin, in the "
-                f"first nine tenths and in the last, got {len(train)} and {len(held_out)}"
+                f"data must have places where a sentence begins and {seqlen} characters follow, in "
+                f"the first nine tenths and in the last one, got {len(train)} and {len(held_out)}; "
+                "a smaller max_length needs fewer characters"
             )
         self.train_begins, self.held_out_begins = torch.tensor(train), torch.tensor(held_out)
 
@@ -237,17 +247,31 @@ class BERTTask(Task):
         segments = torch.cat((torch.zeros_like(begin), torch.ones_like(end)), dim=1)
         return torch.cat((begin, end), dim=1), segments
 
-    def sample(self, options: BERTSampleOptions, output: Path | None) -> Iterator[str]:
-        """The prompt with its blanks filled, then the likeliest characters of each."""
-        parts = options.prompt.split(BLANK)
+    def _prompt(self, text: str) -> Tensor:
+        """The tokens of a text with blanks."""
+        parts = text.split(BLANK)
         if len(parts) < 2:
-            raise ValueError(f"prompt must have at least one {BLANK}, got {options.prompt!r}")
-        if options.candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {options.candidates}")
+            raise ValueError(f"prompt must have at least one {BLANK}, got {text!r}")
+        blank = torch.tensor([self.mask_token])
         tokens = self.vocabulary.encode(parts[0])
         for part in parts[1:]:
-            blank = torch.tensor([self.mask_token])
             tokens = torch.cat((tokens, blank, self.vocabulary.encode(part)))
+        return tokens
+
+    def _example(self, text: str) -> Tensor:
+        """The tokens of a text, some of them made blanks."""
+        tokens = self.vocabulary.encode(text)
+        tokens[1::BLANK_STEP] = self.mask_token
+        return tokens
+
+    def sample(self, options: BERTSampleOptions, output: Path | None) -> Iterator[str]:
+        """The prompt with its blanks filled, the reference of a held-out one, then the likeliest
+        characters of each blank.
+        """
+        if options.candidates < 1:
+            raise ValueError(f"candidates must be at least 1, got {options.candidates}")
+        example = self.about["example"][: 2 * self.half_length]
+        tokens = self._example(example) if options.prompt is None else self._prompt(options.prompt)
         if not 2 <= len(tokens) <= 2 * self.half_length:
             raise ValueError(
                 f"prompt must have 2 to {2 * self.half_length} characters, got {len(tokens)}"
@@ -258,6 +282,8 @@ class BERTTask(Task):
         is_blank = pairs[0] == self.mask_token
         filled = torch.where(is_blank, probabilities.argmax(dim=-1), pairs[0])
         yield self.vocabulary.decode(filled[filled < len(self.vocabulary)].tolist()) + "\n"
+        if options.prompt is None:
+            yield f"  (reference: {example})\n"
         for number, row in enumerate(probabilities[is_blank], start=1):
             likeliest = row.topk(min(options.candidates, len(row)))
             values = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)

@@ -35,9 +35,13 @@ class GPTSettings(Settings):
 
 @dataclass(frozen=True)
 class GPTSampleOptions(SampleOptions):
-    """See GPT.generate; tokens is how many characters to write."""
+    """See GPT.generate; tokens is how many characters to write.
 
-    prompt: str = "The "
+    prompt: a text to go on from; None begins a line, or begins with the first of the model's
+    characters where it knows no lines.
+    """
+
+    prompt: str | None = None
     tokens: int = 500
     temperature: float = 0.8
     top_k: int | None = None
@@ -97,7 +101,7 @@ class GPTTask(Task):
     def _crops(self, tokens: Tensor, index: int) -> tuple[Tensor, Tensor]:
         return random_crops(
             tokens,
-            context=self.model.config.context_length,
+            context_length=self.model.config.context_length,
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
             step=index,
@@ -144,12 +148,15 @@ class GPTTask(Task):
 
     def sample(self, options: GPTSampleOptions, output: Path | None) -> Iterator[str]:
         """The prompt and the characters that follow it, one by one."""
-        if not options.prompt:
+        characters = self.vocabulary.characters
+        begin = "\n" if "\n" in characters else characters[0]
+        prompt = begin if options.prompt is None else options.prompt
+        if not prompt:
             raise ValueError("prompt must have at least 1 character, got ''")
         if options.tokens < 1:
             raise ValueError(f"tokens must be at least 1, got {options.tokens}")
         tokens = self.inference_model.generate(
-            self.vocabulary.encode(options.prompt)[None].to(self.device),
+            self.vocabulary.encode(prompt)[None].to(self.device),
             options.tokens,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -158,5 +165,5 @@ class GPTTask(Task):
         )
         for number, token in enumerate(tokens):
             if number == 0:  # by now the options are known to be good
-                yield options.prompt
+                yield prompt
             yield self.vocabulary.decode(token.tolist())
