@@ -31,6 +31,7 @@ class SubwordVocabulary:
         self.characters = characters
         self.merges = [(left, right) for left, right in merges]
         self.num_special = num_special
+        self.unknown = num_special
         self._pieces = [UNKNOWN, *characters]
         self._pieces += dict.fromkeys(left + right for left, right in self.merges)
         self._tokens = {piece: num_special + place for place, piece in enumerate(self._pieces)}
@@ -79,8 +80,7 @@ class SubwordVocabulary:
                 if pair not in self._ranks:
                     break
                 pieces = _merged(pieces, pair)
-            unknown = self.num_special
-            self._encoded[word] = [self._tokens.get(piece, unknown) for piece in pieces]
+            self._encoded[word] = [self._tokens.get(piece, self.unknown) for piece in pieces]
         return self._encoded[word]
 
 

@@ -34,7 +34,7 @@ def read_table(path: str | Path, columns: tuple[str, ...]) -> list[tuple[str, ..
         values = tuple((row[column] or "").strip() for column in columns)
         if not all(values):
             raise ValueError(
-                f"data must have text in {', '.join(columns)} of every row, "
+                f"data must have text in the columns {', '.join(columns)} of every row, "
                 f"got {values} at line {rows.line_num} of {str(path)!r}"
             )
         table.append(values)

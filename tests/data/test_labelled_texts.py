@@ -67,10 +67,14 @@ def test_the_shops_reviews_are_read_from_a_file_per_label_each_once(write, monke
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "data must not be empty, got .* of 0 characters"),
+        ("", "data must not be empty, got .* of 0 characters$"),
+        (" \n\n", "data must not be empty, got .* of 3 characters, all of them blank"),
         ("text,mark\na,b\nc,d\n", "must have the columns text, label in its first line, got 'text"),
         ("text,label\na,good\nb,good\n", r"at least 2 different labels, got \['good'\]"),
-        ("text,label\na,good\n,bad\n", r"text in text, label of every row, got \('', 'bad'\)"),
+        (
+            "text,label\na,good\n,bad\n",
+            r"text in the columns text, label of every row, got \('', 'bad'\)",
+        ),
         ("text,label\na,good\nb\n", r"of every row, got \('b', ''\) at line 3"),
         ("text,label\n", "at least 2 rows, got 0"),
     ],

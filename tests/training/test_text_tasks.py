@@ -246,6 +246,9 @@ def test_bad_input(small, tmp_path):
     task = make_task(configure(name, **changes))
     with pytest.raises(ValueError, match="prompt must have "):
         said(task, prompt="")
+    with pytest.raises(ValueError, match=r"prompt must have .*characters that training saw"):
+        said(task, prompt="深" if name == "tagger" else "深深")
+    assert said(task, prompt="深 to" if name == "tagger" else "深ax")
 
 
 def test_a_prompt_of_too_many_words(sentences):

@@ -112,6 +112,9 @@ def test_bad_input(pairs):
     task = make_task(configure("transformer", data=pairs, **TINY))
     with pytest.raises(ValueError, match="prompt must have 1 to 16 tokens, got 40"):
         translate(task, "é" * 40)
+    with pytest.raises(ValueError, match="prompt must have characters that training saw, got 'é'"):
+        translate(task, "é")
+    assert translate(task, "é 1").startswith("é 1\n  -> ")
     with pytest.raises(ValueError, match="data must have pairs of at most max_length = 2 tokens"):
         make_task(configure("transformer", data=pairs, **TINY | {"max_length": 2}))
     with pytest.raises(ValueError, match="size must be at least"):

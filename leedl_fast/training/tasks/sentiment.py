@@ -182,7 +182,10 @@ class SentimentTask(Task):
         for text, label in examples:
             if not text:
                 raise ValueError("prompt must have at least 1 character, got ''")
-            logits = self.inference_model(self._tokens(text)[None].to(self.device))[0]
+            tokens = self._tokens(text)
+            if label is None and not tokens.any():
+                raise ValueError(f"prompt must have characters that training saw, got {text!r}")
+            logits = self.inference_model(tokens[None].to(self.device))[0]
             shares = zip(self.label_names, logits.softmax(dim=-1).tolist(), strict=True)
             said = sorted(shares, key=lambda share: -share[1])
             yield f"{text}\n  -> {', '.join(f'{name} {share:.0%}' for name, share in said)}\n"

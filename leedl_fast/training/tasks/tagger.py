@@ -233,7 +233,12 @@ class TaggerTask(Task):
         for words, reference in examples:
             if not 1 <= len(words) <= limit:
                 raise ValueError(f"prompt must have 1 to {limit} words, got {len(words)}")
-            logits = self.inference_model(self._tokens(words)[None].to(self.device))
+            tokens = self._tokens(words)
+            if reference is None and not tokens.any():
+                raise ValueError(
+                    f"prompt must have words or characters that training saw, got {words}"
+                )
+            logits = self.inference_model(tokens[None].to(self.device))
             tags = [self.tags[i] for i in logits[0].argmax(dim=-1).tolist()]
             yield " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True)) + "\n"
             if reference is not None:

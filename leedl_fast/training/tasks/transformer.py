@@ -229,6 +229,8 @@ class TransformerTask(Task):
                 continue
             if not 1 <= len(tokens) <= limit:
                 raise ValueError(f"prompt must have 1 to {limit} tokens, got {len(tokens)}")
+            if reference is None and set(tokens) == {self.vocabulary.unknown}:
+                raise ValueError(f"prompt must have characters that training saw, got {source!r}")
             inputs = (
                 torch.tensor([tokens], device=self.device),
                 torch.tensor([len(tokens)], device=self.device),
