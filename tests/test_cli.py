@@ -1,5 +1,6 @@
 """The command line as a user meets it; what concerns a whole process runs in one of its own."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -109,6 +110,31 @@ def test_doctor(monkeypatch):
     for isa, module in cpu_modules.modules().items():
         line = next(line for line in result.stdout.splitlines() if f"cpu ({isa})" in line)
         assert f"bfloat16 attention on {module.bfloat16_products()}" in line
+
+
+def test_a_terminal_shows_one_bar_for_the_whole_run(tmp_path):
+    pty = pytest.importorskip("pty", reason="the system has no terminals of that kind")
+    terminal, its_end = pty.openpty()
+    command = [sys.executable, "-m", "leedl_fast.cli", "train", "gpt", *TINY, "--output", "run"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=its_end,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "150"},
+    )
+    os.close(its_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # what reading raises once the process has ended
+        while part := os.read(terminal, 65536):
+            shown += part
+    os.close(terminal)
+    output, _ = process.communicate(timeout=100)
+    assert output.startswith("6 steps: loss ")
+    last = shown.decode().split("training ")[-1]
+    assert "6/6" in last
+    assert ", validation_loss " in last
 
 
 def test_sample_streams_text(folder):
