@@ -37,8 +37,9 @@ Checkpoint = Annotated[Path, typer.Option(help="What `train` wrote.")]
 
 def check_folder_of(path: Path, name: str) -> None:
     """Before the work whose result `path` is for: the option `name` must be in a folder."""
-    if not path.parent.is_dir():
-        raise ValueError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
+    if not path.parent.is_dir() or path.is_dir():
+        what = ", which is a folder" if path.is_dir() else ""
+        raise ValueError(f"{name} must be a file in a folder that exists, got {str(path)!r}{what}")
 
 
 @contextlib.contextmanager

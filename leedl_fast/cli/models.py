@@ -254,10 +254,10 @@ def compare(
     from leedl_fast.training.settings import parse_changes
 
     task = task_class(name)
+    check_folder_of(output, "output")
     numbers = output.with_suffix(".json")
     if numbers == output:
         raise ValueError(f"output must be a picture, got {str(output)!r}")
-    check_folder_of(output, "output")
     changes = parse_changes(set_ or (), task.Settings, task.ModelConfig) | {"steps": steps}
     if data is not None:
         changes["data"] = str(data)

@@ -66,6 +66,10 @@ class Comparison:
 
 def compare_backends(run: RunConfig, backend: str) -> Comparison:
     """Outputs and gradients of the first batch, then run.settings.steps steps of training."""
+    if backend == EAGER:
+        raise ValueError(
+            f"backend must be another one than {EAGER}, which is what it stands beside"
+        )
     sides = {name: _side(run, name) for name in (EAGER, backend)}
     eager, fast = sides[EAGER], sides[backend]
     curve = max(abs(a - b) for a, b in zip(eager.losses, fast.losses, strict=True))

@@ -134,6 +134,8 @@ def test_a_difference_is_relative_to_the_largest_value():
 def test_bad_arguments(command, tmp_path):
     for arguments, message in (
         (["--backend", "tpu"], "backend must be one of"),
+        (["--backend", "eager"], "backend must be another one than eager"),
+        (["--output", tmp_path], f"got '{tmp_path}', which is a folder"),
         (["--output", tmp_path / "plot.json"], "output must be a picture, got"),
         (["--steps", "0"], "steps must be at least 1, got 0"),
     ):
