@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from leedl_fast.training.registry import task_class
-from leedl_fast.training.results import Record, all_results, reached_texts, rows
+from leedl_fast.training.registry import TASKS, task_class
+from leedl_fast.training.results import Record, Results, Row, all_results, reached_texts, rows
 from leedl_fast.training.settings import settable_fields
 
 
 def print_models(results: Path) -> None:
-    """results: the folder with what the models reached."""
+    """A heading for each model, then its rows: a line per goal, and again for each machine.
+
+    results: the folder with what the models reached.
+    """
     machines = all_results(results)
-    table = Table("model", "what it shows", "data", "must reach", "reached", "when, where")
-    for row in rows():
-        task, first = row.task, row.variant is row.task.variants[0]
+    console = Console()
+    for name in TASKS:
+        task = task_class(name)
         fetch = f" (fetch {', '.join(task.data_sets)})" if task.data_sets else ""
-        there = [one for one in machines if row.key in one.records]
-        table.add_row(
-            row.key,
-            f"{task.title}: {task.shows}" if first else "",
-            task.data_text + fetch if first else "",
-            "\n".join(map(str, row.variant.goals)),
-            "\n".join("; ".join(reached_texts(row, one.records)) for one in there) or "not run",
-            "\n".join(_when(one.records[row.key], one.machine) for one in there),
-            end_section=row.variant is task.variants[-1],
-        )
-    Console().print(table)
+        console.print(f"{task.title}: {task.shows}", style="bold", highlight=False)
+        console.print(f"on {task.data_text}{fetch}", highlight=False)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("model", no_wrap=True)
+        table.add_column("must reach", overflow="fold")
+        table.add_column("reached", overflow="fold")
+        table.add_column("when, where", overflow="fold")
+        for row in rows([name]):
+            for cells in _lines(row, machines):
+                table.add_row(*cells)
+        console.print(table)
+        console.print()
+
+
+def _lines(row: Row, machines: list[Results]) -> Iterator[tuple[str, str, str, str]]:
+    there = [one for one in machines if row.key in one.records]
+    blocks = [
+        (reached_texts(row, one.records), _when(one.records[row.key], one.machine)) for one in there
+    ]
+    goals = [str(goal) for goal in row.variant.goals]
+    key = row.key
+    for texts, when in blocks or [(["not run"], "")]:
+        for goal, text in itertools.zip_longest(goals, texts, fillvalue=""):
+            yield key, goal, text, when
+            key = when = ""
 
 
 def _when(record: Record, machine: dict[str, Any]) -> str:

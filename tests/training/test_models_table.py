@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -9,7 +10,7 @@ from typer.testing import CliRunner
 from leedl_fast.cli import app
 from leedl_fast.training import table
 from leedl_fast.training.registry import TASKS
-from leedl_fast.training.results import BEGIN, END, Results
+from leedl_fast.training.results import BEGIN, END, Results, rows
 from leedl_fast.training.table import apart, measure_row
 from leedl_fast.training.task import Goal, Task, Variant
 
@@ -246,14 +247,37 @@ def test_the_list_shows_what_was_reached_and_where(models):
     machine = Results.of_this_machine(models.folder / "results").machine
     result = invoke("models", "--results", models.folder / "results")
     assert result.exit_code == 0, result.stderr
-    lines = [
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines()
+    lines = [re.split(r"  +", line.rstrip()) for line in result.stdout.splitlines()]
+    date = written(models.folder)["runner"]["date"]
+    when = f"{date}, 61 s, {machine['processor']}, {machine['cores']} cores"
+    header = ["model", "must reach", "reached", "when, where"]
+    assert lines == [
+        ["Runner: speed"],
+        ["on a track | field"],
+        header,
+        ["runner", "speed at least 3", "4", when],
+        ["", "speed - tired/speed at least 1", "2"],
+        ["runner/tired", "speed 2", when],
+        [""],
+        ["Sleeper: rest"],
+        ["on a bed"],
+        header,
+        ["sleeper", "noise at most 0.5", "not run"],
+        [""],
     ]
-    rows = {cells[0]: cells for cells in lines if len(cells) == 6}
-    assert rows["runner"][1:5] == ["Runner: speed", "a track | field", "speed at least 3", "4; 2"]
-    where = f"{machine['processor']}, {machine['cores']} cores"
-    assert rows["runner"][5].endswith(f", 61 s, {where}")
-    assert rows["sleeper"][3:] == ["noise at most 0.5", "not run", ""]
+
+
+def test_the_list_cuts_nothing_in_a_narrow_terminal():
+    """Of all models: no key is broken in two, and every word is there."""
+    narrow, wide = (
+        CliRunner(env={"COLUMNS": columns, "NO_COLOR": "1"}).invoke(app, ["models"]).stdout
+        for columns in ("80", "250")
+    )
+    assert max(map(len, narrow.splitlines())) <= 80
+    for row in rows():
+        assert any(line.startswith(f"{row.key}  ") for line in narrow.splitlines())
+    # A metric's name may be longer than its column is wide.
+    assert sorted("".join(narrow.split())) == sorted("".join(wide.split()))
 
 
 def test_bad_arguments(models):
