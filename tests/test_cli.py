@@ -87,6 +87,9 @@ def test_models_lists_what_may_be_set():
     for part in ("context_length", "learning_rate", "the Python documentation", "top_k"):
         assert part in text
     assert "bits_per_character" in run("models").stdout
+    text = " ".join(run("models", "tagger").stdout.split())
+    assert "positions │ sinusoidal, learned, rotary, given, none │ rotary" in text
+    assert "score │ dot, additive │ dot" in text
 
 
 def test_data_lists_the_sources():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, get_args, overload
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from leedl_fast.ops.additive_attention import additive_attention
 from leedl_fast.ops.attention import attention
 from leedl_fast.ops.windows import Window
 
-SCORES = ("dot", "additive")
-NORMALIZERS = ("softmax", "relu", "sigmoid")
+Score = Literal["dot", "additive"]
+Normalizer = Literal["softmax", "relu", "sigmoid"]
 
 
 class MultiHeadAttention(nn.Module):
@@ -80,10 +80,12 @@ class MultiHeadAttention(nn.Module):
             )
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        if score not in SCORES:
-            raise ValueError(f"score must be one of {SCORES}, got {score!r}")
-        if normalizer not in NORMALIZERS:
-            raise ValueError(f"normalizer must be one of {NORMALIZERS}, got {normalizer!r}")
+        if score not in get_args(Score):
+            raise ValueError(f"score must be one of {get_args(Score)}, got {score!r}")
+        if normalizer not in get_args(Normalizer):
+            raise ValueError(
+                f"normalizer must be one of {get_args(Normalizer)}, got {normalizer!r}"
+            )
         if score == "additive" and (normalizer != "softmax" or dropout > 0):
             raise ValueError(
                 "score 'additive' must have normalizer 'softmax' and dropout 0, "

@@ -8,6 +8,7 @@ Understanding"; sentence order: Lan et al., "ALBERT: A Lite BERT". The heads of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class BERTConfig:
     embed_dim: int = 128
     hidden_dim: int | None = None
     window: int | None = None
-    positions: str = "learned"
+    positions: Literal["learned", "rotary"] = "learned"
     norm_first: bool = False
     activation: str = "gelu"
     eps: float = 1e-12

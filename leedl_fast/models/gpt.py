@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class GPTConfig:
     embed_dim: int = 128
     hidden_dim: int | None = None
     window: int | None = None
-    positions: str = "learned"
+    positions: Literal["learned", "rotary"] = "learned"
     activation: str = "gelu"
     eps: float = 1e-5
     dropout: float = 0.0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,10 @@ from leedl_fast.layers import (
     TransformerEncoder,
     TransformerEncoderLayer,
 )
+from leedl_fast.layers.attention import Normalizer, Score
 
-INPUTS = ("embedding", "one-hot")
-POSITIONS = ("sinusoidal", "learned", "rotary", "given", "none")
+Input = Literal["embedding", "one-hot"]
+Positions = Literal["sinusoidal", "learned", "rotary", "given", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +46,16 @@ class SequenceEncoderConfig:
     """
 
     vocab_size: int
-    input: str = "embedding"
-    positions: str = "rotary"
+    input: Input = "embedding"
+    positions: Positions = "rotary"
     max_length: int = 128
     num_layers: int = 2
     num_heads: int = 4
     embed_dim: int = 128
     hidden_dim: int | None = None
     attention: bool = True
-    score: str = "dot"
-    normalizer: str = "softmax"
+    score: Score = "dot"
+    normalizer: Normalizer = "softmax"
     window: int | None = None
     dropout: float = 0.1
 
@@ -63,7 +65,8 @@ class SequenceEncoderConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_layers < 0:
             raise ValueError(f"num_layers must not be negative, got {self.num_layers}")
-        for name, known in (("input", INPUTS), ("positions", POSITIONS)):
+        for name, kind in (("input", Input), ("positions", Positions)):
+            known = get_args(kind)
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
         if not 0 <= self.dropout < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from leedl_fast.layers import (
 )
 from leedl_fast.ops.linear_cross_entropy import IGNORED
 
-POSITIONS = ("sinusoidal", "rotary", "none")
+Positions = Literal["sinusoidal", "rotary", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class SpeechConfig:
     num_classes: int
     max_length: int = 200
     window: int | None = None
-    positions: str = "sinusoidal"
+    positions: Positions = "sinusoidal"
     num_layers: int = 2
     num_heads: int = 4
     embed_dim: int = 64
@@ -52,8 +53,10 @@ class SpeechConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {self.num_classes}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
+        if self.positions not in get_args(Positions):
+            raise ValueError(
+                f"positions must be one of {get_args(Positions)}, got {self.positions!r}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class TextClassifierConfig(SequenceEncoderConfig):
     """
 
     num_classes: int
-    pooling: str = "attention"
+    pooling: Literal["attention", "mean"] = "attention"
 
     def __post_init__(self) -> None:
         super().__post_init__()

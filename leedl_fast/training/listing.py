@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -58,8 +59,8 @@ def _when(record: Record, machine: dict[str, Any]) -> str:
     return f"{record['date']}{seconds}, {machine['processor']}, {machine['cores']} cores"
 
 
-def print_options(name: str) -> None:
-    task = task_class(name)
+def print_options(model: str) -> None:
+    task = task_class(model)
     console = Console()
     console.print(f"{task.title}: {task.shows}", highlight=False)
     console.print(f"data: {task.data_text}; --data takes {task.own_data}", highlight=False)
@@ -69,13 +70,26 @@ def print_options(name: str) -> None:
     defaults = task.default_options()
     table = Table("train --set", "type", "default")
     for config in (task.Settings, task.ModelConfig):
-        for field in settable_fields(config).values():
-            table.add_row(field.name, str(field.type), _text(defaults[field.name]))
+        for name, kind in _types(config).items():
+            table.add_row(name, kind, _text(defaults[name]))
     console.print(table)
     options = Table("sample --set", "type", "default")
+    kinds = _types(task.SampleOptions)
     for field in dataclasses.fields(task.SampleOptions):
-        options.add_row(field.name, str(field.type), _text(field.default))
+        options.add_row(field.name, kinds[field.name], _text(field.default))
     console.print(options)
+
+
+def _types(config: type) -> dict[str, str]:
+    """What each field that may be set takes: a type, or the values that it may have."""
+    hints = typing.get_type_hints(config)
+    choices = {
+        name: ", ".join(map(str, typing.get_args(hint)))
+        for name, hint in hints.items()
+        if typing.get_origin(hint) is Literal
+    }
+    fields = settable_fields(config)
+    return {name: choices.get(name, str(field.type)) for name, field in fields.items()}
 
 
 def _text(value: Any) -> str:
