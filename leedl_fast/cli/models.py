@@ -152,6 +152,8 @@ def train(
         strategy=strategy,
         quiet=quiet,
     )
+    if result.rank > 0:
+        return
     path = shlex.quote(str(result.checkpoint))
     if result.interrupted:
         typer.echo(
@@ -161,8 +163,6 @@ def train(
         )
         raise typer.Exit(EXIT_INTERRUPTED)
     metrics = ", ".join(f"{key} {value:.4g}" for key, value in result.metrics.items())
-    if result.rank > 0:
-        return
     typer.echo(
         f"{result.steps_done} steps: loss {result.losses[-1]:.4f}, {metrics}, "
         f"median {statistics.median(result.step_times):.3f} s per step\n"

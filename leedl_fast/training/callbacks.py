@@ -157,15 +157,15 @@ class Recorder(Callback):
         if task.logger:
             task.logger.log_metrics(values, step - 1)
         is_last = step == settings.steps
-        if not is_last and not self.interrupted and step % settings.validate_every == 0:
+        # Ctrl-C reaches several processes at different steps: all stop after the same one.
+        interrupted = trainer.strategy.reduce_boolean_decision(self.interrupted, all=False)
+        if not is_last and not interrupted and step % settings.validate_every == 0:
             with held_out(task):
                 self.record_validation(task, task.validate())
-        if self.checkpoint and (
-            is_last or self.interrupted or step % settings.checkpoint_every == 0
-        ):
+        if self.checkpoint and (is_last or interrupted or step % settings.checkpoint_every == 0):
             trainer.save_checkpoint(self.checkpoint)
             result.checkpoint = self.checkpoint
-        if is_last or self.interrupted:
+        if is_last or interrupted:
             result.interrupted = not is_last
             trainer.should_stop = True
 
