@@ -114,7 +114,9 @@ def train(
     ] = None,
     accelerator: Annotated[str, typer.Option(help="Lightning's: cpu, gpu, ...")] = "auto",
     devices: Annotated[int, typer.Option(help="Number of devices.")] = 1,
-    strategy: Annotated[str, typer.Option(help="Lightning's: auto, ddp, ...")] = "auto",
+    strategy: Annotated[
+        str, typer.Option(help="Lightning's: auto, ddp or fsdp, which shares the model out.")
+    ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
 ) -> None:
     """Train a model and evaluate it.

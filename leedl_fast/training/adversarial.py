@@ -47,7 +47,7 @@ class AdversarialTask(Task):
         """One step of one side's optimizer; the other side's parameters need no gradient."""
         optimizer = cast(Any, self.optimizers())[SIDES.index(side)]
         self.toggle_optimizer(optimizer)
-        loss = loss_of_side()
+        loss = self(loss_of_side)
         optimizer.zero_grad()
         self.manual_backward(loss)
         if self.settings.gradient_clip > 0:

@@ -25,6 +25,7 @@ from rich.progress import (
 
 from leedl_fast.training.checkpoint import FORMAT, KEY, read_checkpoint, write_checkpoint
 from leedl_fast.training.settings import RunConfig
+from leedl_fast.training.sharding import whole
 from leedl_fast.training.task import Task, lightning
 
 
@@ -51,12 +52,13 @@ class TrainResult:
 def held_out(task: Task) -> Iterator[None]:
     """To evaluate and to sample: no dropout, no gradients, random numbers apart from training's.
 
-    Weights of another dtype are float32 meanwhile, as the held-out data are.
+    Weights of another dtype are float32 meanwhile, as the held-out data are, and sharded ones are
+    whole.
     """
     devices = [task.device] if task.device.type == "cuda" else []
-    tensors = (*task.parameters(), *task.buffers())
-    kept = [tensor.data for tensor in tensors]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), whole(task):
+        tensors = (*task.parameters(), *task.buffers())
+        kept = [tensor.data for tensor in tensors]
         torch.manual_seed(task.settings.seed)
         task.model.eval()
         for tensor in tensors:

@@ -33,10 +33,10 @@ from leedl_fast.training.callbacks import (
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
 from leedl_fast.training.registry import task_class
 from leedl_fast.training.settings import RunConfig, changed_run
+from leedl_fast.training.strategies import strategy_of
 from leedl_fast.training.task import Task, lightning
 
 CHECKPOINT_NAME = "last.ckpt"
-STRATEGIES = ("auto", "ddp")
 
 
 class Batches:
@@ -106,17 +106,17 @@ def train(
         resume: a checkpoint to go on from.
         backend: as for `use_backend`; None leaves the choice as it is.
         accelerator, devices, strategy: Lightning's; with several devices each has batches of its
-            own, and a step is one on each of them. A strategy is one of STRATEGIES: with FSDP and
-            its like no device holds the whole model, which averages, evaluation and checkpoints
-            need, and Lightning does not clip its gradients.
+            own, and a step is one on each of them. Strategies are "auto", "ddp", with a whole model
+            on every device, and "fsdp", where each keeps its share of every parameter, its gradient
+            and the optimizer's state, and a layer is whole only while it runs.
         quiet: no progress bar and no lines.
 
     A first Ctrl-C ends the run after the step at work, with a checkpoint if there is an output; the
     result says so.
     """
-    _check_strategy(strategy)
     first_step = 0
     task = make_task(run)
+    lightning_strategy = strategy_of(strategy, devices, task)
     if resume is not None:
         about = read_checkpoint(resume, run.task)[KEY]
         first_step = about["step"]
@@ -135,14 +135,11 @@ def train(
             logger = Log(folder, name="log", version=f"from_step_{first_step}")
         recorder = Recorder(result, run, checkpoint_path, report=not quiet and not show_bar)
         clips = task.automatic_optimization and run.settings.gradient_clip > 0
-        if devices > 1 and not task.automatic_optimization:
-            # Each optimizer's step leaves out the parameters of the other one.
-            strategy = "ddp_find_unused_parameters_true"
         try:
             trainer = lightning.Trainer(
                 accelerator="cpu" if backend == "cpu" else accelerator,
                 devices=devices,
-                strategy=strategy,
+                strategy=lightning_strategy,
                 precision=run.settings.precision,
                 max_epochs=-1,  # the recorder counts steps: a step may be of several optimizers
                 gradient_clip_val=run.settings.gradient_clip if clips else None,
@@ -169,14 +166,6 @@ def train(
             if task.logger:
                 task.logger.save()
     return result
-
-
-def _check_strategy(strategy: str) -> None:
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"strategy must be one of {', '.join(STRATEGIES)}, which keep a whole model on every "
-            f"device, got {strategy!r}"
-        )
 
 
 def _output_folder(folder: Path, resume: str | Path | None) -> Path:
@@ -233,6 +222,8 @@ def _without_lightning_notices() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
+            # Nothing here writes into what a layer returned.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from leedl_fast.data.split import generator_of, shuffled_indices
 from leedl_fast.training.settings import RunConfig, Settings, settable_fields
+from leedl_fast.training.sharding import shard_layers
 
 try:
     import lightning.pytorch as lightning
@@ -78,6 +80,7 @@ class Task(lightning.LightningModule):
     data_sets: what must be fetched, unless the user has data of his own.
     data_text, own_data: what the data are, and what `--data` takes.
     variants: the first one, with the name "", is what `train` runs.
+    kept_whole: why no strategy can shard its parameters, where that is so.
     """
 
     name: ClassVar[str]
@@ -91,6 +94,7 @@ class Task(lightning.LightningModule):
     data_text: ClassVar[str]
     own_data: ClassVar[str] = "nothing"
     variants: ClassVar[tuple[Variant, ...]] = (Variant(),)
+    kept_whole: ClassVar[str] = ""
 
     model: nn.Module
     averaged: nn.Module | None
@@ -191,8 +195,24 @@ class Task(lightning.LightningModule):
         """The random numbers of batch `index`."""
         return generator_of(self.settings.seed, index)
 
+    def configure_model(self) -> None:
+        """Lightning's hook; with a strategy that shards parameters there is a mesh of devices."""
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        if self.automatic_optimization:
+            # A loss with gradients in it, as a penalty has them, would find its layers freed.
+            shard_layers(self, mesh)
+        if self.averaged is not None:
+            fully_shard(self.averaged, mesh=mesh)  # apart: training does not gather it
+        fully_shard(self, mesh=mesh)
+
+    def forward(self, loss_of: Callable[[], Any]) -> Any:
+        """A loss of training; what a strategy shards is whole from here to the end of backward."""
+        return loss_of()
+
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.losses(batch)
+        return self(lambda: self.losses(batch))
 
     def configure_optimizers(self) -> Any:
         """AdamW that does not decay vectors, with warm-up and cosine."""

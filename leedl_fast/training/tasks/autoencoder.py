@@ -233,6 +233,7 @@ class VQVAETask(_ReconstructionTask):
     title = "VQ-VAE"
     shows = "straight-through gradient, commitment, codebook by moving averages or loss"
     ModelConfig = VQVAEConfig
+    kept_whole = "whose codebook is written to while the model runs"
     variants = (
         Variant(
             "",
