@@ -1,6 +1,8 @@
-"""Runs on two processes: `python sharded_runs.py NAME FOLDER`, as test_several_devices.py does."""
+"""Runs on two processes, started by test_several_devices.py: `python sharded_runs.py NAME FOLDER`.
 
-import os
+The folder has text.txt and pairs.csv to train on.
+"""
+
 import signal
 import sys
 from pathlib import Path
@@ -21,6 +23,10 @@ from leedl_fast.training.tasks.gpt import GPTTask
 
 SIZES = {"steps": 3, "batch_size": 2, "embed_dim": 16, "num_heads": 2, "num_layers": 2}
 GPT = SIZES | {"context_length": 16, "window": 4, "ema_decay": 0.9, "warmup_steps": 2}
+
+
+def gpt(folder, **changes):
+    return configure("gpt", **GPT | {"data": str(folder / "text.txt")} | changes)
 
 
 def run(config, strategy="fsdp", **options):
@@ -105,7 +111,7 @@ def shares(folder, patch):
     after_each_step(patch, check)
     spy(leedl_fast.layers.attention, "attention")
     spy(leedl_fast.layers.add_layer_norm, "add_layer_norm")
-    run(configure("gpt", **GPT, validate_every=2))
+    run(gpt(folder, validate_every=2))
     assert steps == [1, 2, 3]
     assert set(inputs) == {
         ("attention", torch.Tensor),
@@ -116,7 +122,7 @@ def shares(folder, patch):
 
 def interrupted(folder, patch):
     """The run that goes on has the losses of one that was left alone."""
-    config = configure("gpt", **GPT | {"steps": 6, "dropout": 0.1, "validate_every": 2})
+    config = gpt(folder, steps=6, dropout=0.1, validate_every=2)
     whole = run(config)
     first = stopped(config, 3, patch, output=folder)
     second = go_on(first, output=folder)
@@ -128,9 +134,9 @@ def interrupted(folder, patch):
 def precisions(folder, patch):
     """As with DDP, and validation, in float32 whatever the weights are, leaves no trace."""
     for precision in ("bf16-mixed", "bf16-true"):
-        config = configure("gpt", **GPT, precision=precision)
+        config = gpt(folder, precision=precision)
         expected = run(config, "ddp")
-        result = run(configure("gpt", **GPT, precision=precision, validate_every=1))
+        result = run(gpt(folder, precision=precision, validate_every=1))
         assert result.losses == pytest.approx(expected.losses, rel=1e-3), precision
         assert result.metrics == pytest.approx(expected.metrics, rel=1e-3), precision
         assert result.validation.keys() == {1, 2, 3}
@@ -152,15 +158,19 @@ def adversaries(folder, patch):
 
 def layers(folder, patch):
     """Layers in both orders, read by others than their stack, and run more than once a step."""
-    pairs = folder / f"{os.getpid()}.csv"  # one for each process
-    lines = [f"number {i},Zahl {i:b}" for i in range(200)]
-    pairs.write_text("\n".join(["source,target", *lines]))
-    translation = {"data": str(pairs), "vocabulary_size": 40, "max_length": 24, "dropout": 0.0}
     sizes = {key: value for key, value in SIZES.items() if key != "num_layers"}
-    options = {"guided_attention": 0.5, "sampling_probability": 0.3, "num_decoder_layers": 2}
+    translation = sizes | {
+        "data": str(folder / "pairs.csv"),
+        "num_decoder_layers": 2,
+        "vocabulary_size": 40,
+        "max_length": 24,
+        "dropout": 0.0,
+        "guided_attention": 0.5,
+        "sampling_probability": 0.3,
+    }
     for config in (
         configure("bert", **SIZES, ema_decay=0.9, norm_first=False),
-        configure("transformer", "copying", **sizes, **translation, **options),
+        configure("transformer", "copying", **translation),
     ):
         expected, result = run(config, "ddp"), run(config)
         assert result.losses == pytest.approx(expected.losses, rel=1e-5), config.task

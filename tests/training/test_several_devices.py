@@ -11,14 +11,24 @@ import torch
 import leedl_fast
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
 from leedl_fast.training.engine import checkpoint_run, load_task, make_task, resumed_run, train
-from leedl_fast.training.registry import configure
+from leedl_fast.training.registry import configure, task_class
+from leedl_fast.training.settings import parse_changes
 
 ROOT = Path(leedl_fast.__file__).parent.parent
 
 OPTIONS = (
     "steps=4 batch_size=2 context_length=16 num_layers=2 embed_dim=16 num_heads=2 window=4 "
-    "warmup_steps=2 ema_decay=0.9"
+    "warmup_steps=2 ema_decay=0.9 data=text.txt"
 )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a text and pairs of texts to train on."""
+    (tmp_path / "text.txt").write_text(" ".join(f"The binary of {i} is {i:b}." for i in range(300)))
+    pairs = [f"number {i},Zahl {i:b}" for i in range(200)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["source,target", *pairs]))
+    return tmp_path
 
 
 def run_on_two(arguments, folder):
@@ -96,13 +106,14 @@ def assert_same(checkpoint, expected):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one_with_both_batches(tmp_path, strategy):
+def test_two_processes_train_as_one_with_both_batches(folder, strategy, monkeypatch):
     """Each step has the mean gradient of two batches; one process reports, in one folder."""
-    output = train_on_two("gpt", OPTIONS, tmp_path, strategy)
+    monkeypatch.chdir(folder)
+    output = train_on_two("gpt", OPTIONS, folder, strategy)
     assert output.count("4 steps: loss ") == 1
     assert output.count("step 4/4: loss ") == 1
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["gpt-1"]
-    path = tmp_path / "runs/gpt-1/last.ckpt"
+    assert [path.name for path in (folder / "runs").iterdir()] == ["gpt-1"]
+    path = folder / "runs/gpt-1/last.ckpt"
     assert {file.name for file in path.parent.iterdir()} == {"last.ckpt", "log"}
 
     checkpoint = read_checkpoint(path, "gpt")
@@ -114,15 +125,15 @@ def test_two_processes_train_as_one_with_both_batches(tmp_path, strategy):
         assert (value - old).abs().max() > 1e-3, name
 
 
-def test_a_run_goes_on_sharded_and_then_whole(tmp_path):
+def test_a_run_goes_on_sharded_and_then_whole(folder, monkeypatch):
     """From one device to two that share its parameters, and back to one."""
-    options = dict(option.split("=") for option in OPTIONS.split())
-    options = {
-        name: float(value) if "." in value else int(value) for name, value in options.items()
-    }
-    start = train(configure("gpt", **options | {"steps": 2}), output=tmp_path, quiet=True)
+    monkeypatch.chdir(folder)
+    task = task_class("gpt")
+    options = parse_changes(OPTIONS.split(), task.Settings, task.ModelConfig)
+    run = configure("gpt", **options | {"steps": 2})
+    start = train(run, output=folder / "run", quiet=True)
     checkpoint = read_checkpoint(start.checkpoint, "gpt")
-    train_on_two("gpt", "steps=4", tmp_path, "fsdp", "--resume", start.checkpoint, "--quiet")
+    train_on_two("gpt", "steps=4", folder, "fsdp", "--resume", start.checkpoint, "--quiet")
     one = OneProcess(resumed_run(checkpoint[KEY], {"steps": 4}), checkpoint)
     one.train(range(2, 4))
     checkpoint = read_checkpoint(start.checkpoint, "gpt")
@@ -138,9 +149,9 @@ def test_a_run_goes_on_sharded_and_then_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shares", "interrupted", "precisions", "adversaries", "layers"])
-def test_sharded_runs(tmp_path, name):
+def test_sharded_runs(folder, name):
     """See there."""
-    run_on_two([Path(__file__).parent / "sharded_runs.py", name, tmp_path], tmp_path)
+    run_on_two([Path(__file__).parent / "sharded_runs.py", name, folder], folder)
 
 
 def test_two_optimizers_take_turns_on_two_processes(tmp_path):
