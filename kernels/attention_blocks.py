@@ -183,7 +183,7 @@ def read_table(path: Path) -> dict[Key, Blocks]:
         ) from error
 
 
-def write_table(path: Path, table: dict[Key, Blocks]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def table_content(table: dict[Key, Blocks]) -> bytes:
+    """What `read_table` reads."""
     rows = [{"key": list(key), "blocks": list(blocks)} for key, blocks in table.items()]
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    return (json.dumps(rows, indent=1) + "\n").encode()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from leedl_fast.files import write_file
 from leedl_fast.ops import add_layer_norm, attention
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -56,11 +57,18 @@ def tune(
                     itemsize = DTYPES[dtype].itemsize
                     key = attention_blocks.Key(kernel, itemsize, head_dim, narrow)
                     _tune_one(table, key, DTYPES[dtype], device, report)
-                    attention_blocks.write_table(attention_blocks.tuned_path(device), table)
+                    write_table(attention_blocks.tuned_path(device), table)
         for n in ROW_LENGTHS:
             _tune_rows(table, n, DTYPES[dtype], device, report)
-            attention_blocks.write_table(attention_blocks.tuned_path(device), table)
+            write_table(attention_blocks.tuned_path(device), table)
     return attention_blocks.tuned_path(device)
+
+
+def write_table(path: Path, table: dict) -> None:
+    from leedl_fast.kernels.attention_blocks import table_content
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(table_content(table), path)
 
 
 def _tune_rows(

@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "training": {"models", "layers", "ops", "backends", "data", "files", "testing"},
     "integrations": {"layers", "ops"},
     "doctor": {"backends", "config"},
-    "tuning": {"ops", "kernels"},
+    "tuning": {"files", "ops", "kernels"},
     "cli": {"tuning", "doctor", "training", "data", "benchmarks", "layers", "backends"},
     "__init__": {"backends", "ops"},
 }

@@ -101,7 +101,7 @@ def test_a_table_survives_its_file(tmp_path: Path) -> None:
         Key("forward", 2, 64): Blocks(1, 2, 3, 4, True, 5),
         Key("query", 4, 256, True): Blocks(*[8] * 4),
     }
-    attention_blocks.write_table(tmp_path / "new" / "table.json", table)
+    tuning.write_table(tmp_path / "new" / "table.json", table)
     assert attention_blocks.read_table(tmp_path / "new" / "table.json") == table
 
 

@@ -114,8 +114,8 @@ class Task(lightning.LightningModule):
         for variant in cls.variants:
             if variant.name == name:
                 return variant
-        names = [variant.name for variant in cls.variants]
-        raise ValueError(f"variant of {cls.name} must be one of {names}, got {name!r}")
+        names = ", ".join(variant.name for variant in cls.variants if variant.name)
+        raise ValueError(f"variant of {cls.name} must be one of {names or 'none'}, got {name!r}")
 
     @classmethod
     def default_options(cls) -> dict[str, Any]:

@@ -285,7 +285,7 @@ def test_bad_arguments(models):
         (["models", "walker", "--run"], "model must be one of runner, sleeper, got 'walker'"),
         (
             ["models", "runner/fast", "--run"],
-            "variant of runner must be one of ['', 'tired'], got 'fast'",
+            "variant of runner must be one of tired, got 'fast'",
         ),
         (["models", "runner/tired"], "model must be one of runner, sleeper, got 'runner/tired'"),
         (["models", "--readme", "README.md"], "--readme is for --run, got it without"),
