@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
+from leedl_fast.layers.attention_layer import AttentionLayer
 from leedl_fast.ops.additive_attention import additive_attention
 from leedl_fast.ops.windows import Window
 
 
-class AdditiveAttention(nn.Module):
+class AdditiveAttention(AttentionLayer):
     """`out_proj(concat_h softmax_j(score_weight_h . tanh(q_hi + k_hj)) v_hj)`: attention with the
     additive score, where q, k and v are projections of the inputs.
 
@@ -102,32 +103,13 @@ class AdditiveAttention(nn.Module):
         output = self.out_proj(out.transpose(1, 2).flatten(2))
         return (output, self._weights(q, k, key_lengths)) if need_weights else output
 
-    def attention_weights(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        key_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """The weights of `forward` alone: (batch, num_heads, seqlen_q, seqlen_k)."""
-        q, k, _ = self._heads(query, key, value)
-        return self._weights(q, k, key_lengths)
-
     def _heads(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (batch, num_heads, seqlen, width)."""
-        if key is None and value is not None:
-            raise ValueError("key must be given when value is, got None")
+        self._check(query, key, value)
         key = query if key is None else key
         value = key if value is None else value
-        for name, x in (("query", query), ("key", key), ("value", value)):
-            if x.dim() != 3 or x.shape[2] != self.embed_dim:
-                raise ValueError(
-                    f"{name} must have shape (batch, seqlen, {self.embed_dim}), "
-                    f"got {tuple(x.shape)}"
-                )
         return (
             self._split_heads(self.q_proj(query)),
             self._split_heads(self.k_proj(key)),
@@ -152,13 +134,6 @@ class AdditiveAttention(nn.Module):
             window=self.window,
             key_lengths=key_lengths,
             backend=backend,
-        )
-
-    def _weights(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Tensor:
-        """Unit vectors as values, as in MultiHeadAttention."""
-        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        return self._attention(
-            q, k, units.expand(*k.shape[:2], -1, -1), key_lengths, backend="eager"
         )
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leedl_fast.layers.attention_layer import AttentionLayer
 from leedl_fast.layers.kv_cache import KVCache
 from leedl_fast.layers.rotary import RotaryPositionalEncoding
 from leedl_fast.ops.additive_attention import additive_attention
@@ -18,7 +19,7 @@ Score = Literal["dot", "additive"]
 Normalizer = Literal["softmax", "relu", "sigmoid"]
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(AttentionLayer):
     """`out_proj(concat_h attention(q_h, k_h, v_h))` with q, k, v projected from the inputs.
 
     Parameters are named and laid out as in `torch.nn.MultiheadAttention`, so a state dict of one
@@ -212,18 +213,6 @@ class MultiHeadAttention(nn.Module):
         left = self.window[0] if isinstance(self.window, tuple) else self.window
         return KVCache(window=left)
 
-    def attention_weights(
-        self,
-        query: Tensor,
-        key: Tensor | None = None,
-        value: Tensor | None = None,
-        *,
-        key_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """The weights of `forward` alone: (batch, num_heads, seqlen_q, seqlen_k)."""
-        q, k, _ = self._heads(query, key, value)
-        return self._weights(q, k, key_lengths)
-
     def _heads(
         self,
         query: Tensor,
@@ -232,13 +221,7 @@ class MultiHeadAttention(nn.Module):
         cache: KVCache | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (batch, heads, seqlen, head_dim), with what the cache adds to k and v."""
-        self._check("query", query)
-        if key is None and value is not None:
-            raise ValueError("key must be given when value is, got None")
-        if key is not None:
-            self._check("key", key)
-        if value is not None:
-            self._check("value", value)
+        self._check(query, key, value)
         if cache is not None and torch.is_grad_enabled():
             raise ValueError("cache must be None where gradients are enabled, got a KVCache")
         if self.rotary is not None and key is not None:
@@ -288,19 +271,6 @@ class MultiHeadAttention(nn.Module):
             dropout_p=dropout_p,
             backend=backend,
         )
-
-    def _weights(self, q: Tensor, k: Tensor, key_lengths: Tensor | None) -> Tensor:
-        """Unit vectors as values: each output is then the row of weights itself, mask and all."""
-        units = torch.eye(k.shape[2], dtype=k.dtype, device=k.device)
-        return self._attention(
-            q, k, units.expand(*k.shape[:2], -1, -1), key_lengths, backend="eager"
-        )
-
-    def _check(self, name: str, x: Tensor) -> None:
-        if x.dim() != 3 or x.shape[2] != self.embed_dim:
-            raise ValueError(
-                f"{name} must have shape (batch, seqlen, {self.embed_dim}), got {tuple(x.shape)}"
-            )
 
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None

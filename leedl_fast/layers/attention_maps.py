@@ -8,15 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from leedl_fast.layers.additive_attention import AdditiveAttention
-from leedl_fast.layers.attention import MultiHeadAttention
+from leedl_fast.layers.attention_layer import AttentionLayer
 
 
 @contextlib.contextmanager
 def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """While the context is open, each call of a MultiHeadAttention or an AdditiveAttention in
-    `model` leaves its weights (batch, num_heads, seqlen_q, seqlen_k), without dropout, under the
-    module's name.
+    """While the context is open, each call of an AttentionLayer in `model` leaves its weights
+    (batch, num_heads, seqlen_q, seqlen_k), without dropout, under the module's name.
 
     They are computed a second time, in plain PyTorch: quadratic in time and memory. Of calls with a
     cache the first one leaves them: a text to go on from, and not each token that is added.
@@ -36,7 +34,7 @@ def record_attention(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     handles = [
         module.register_forward_pre_hook(hook_of(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, (AdditiveAttention, MultiHeadAttention))
+        if isinstance(module, AttentionLayer)
     ]
     try:
         yield maps
