@@ -17,7 +17,7 @@
 
 #include "attention.h"
 #include "dtypes.h"
-#include "gemm.h"
+#include "packing.h"
 #include "simd.h"
 
 namespace leedl {

@@ -14,9 +14,9 @@
 
 #include "../common/attention_tiles.h"
 #include "exponentials.h"
-#include "gemm.h"
 #include "huge_pages.h"
 #include "memory.h"
+#include "packing.h"
 
 namespace leedl {
 

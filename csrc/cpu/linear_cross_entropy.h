@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "dtypes.h"
-#include "gemm.h"
 #include "memory.h"
+#include "packing.h"
 
 namespace leedl {
 

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <utility>
 
-#include "gemm.h"
 #include "normal_simd.h"
+#include "transpose.h"
 
 namespace leedl {
 
