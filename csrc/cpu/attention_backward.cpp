@@ -7,13 +7,13 @@
 // terms from several tasks, each of which adds its own to dq itself, in an order that the sizes of the problem fix: a
 // counter per block tells whose turn it is. Tasks begin in that same order, so the one that is waited for is always
 // running. The gradient of a bias that samples or heads share is added up in turns too.
+#include "attention_backward_products.h"
 #include "attention_delta.h"
-#include "attention_gradients.h"
 
 namespace leedl {
 namespace {
 
-template <typename T, typename E>
+template <typename T, typename E, bool kAmx>
 class BackwardTask {
  public:
   BackwardTask(const BackwardShared<T>& shared, std::byte* base)
@@ -23,6 +23,7 @@ class BackwardTask {
         scores_(shared.scores),
         base_(base),
         scratch_(nullptr, sizes_, BackwardPlan{}),
+        products_(scratch_, sizes_, plan_),
         plain_(scores_.softmax() && !scores_.drops() && !scores_.capped()) {
     statistics_.factor = scores_.scale().factor;
     statistics_.kept = scores_.kept();
@@ -31,7 +32,8 @@ class BackwardTask {
   // first_block: of the sample, in shared.turns.
   void run(const BackwardPlan& plan, const Sample& sample, int64_t first_block, int64_t head_k, int64_t chunk) {
     plan_ = plan;
-    scratch_ = BackwardScratch<E>(base_, sizes_, plan);
+    scratch_ = Scratch(base_, sizes_, plan);
+    const TileRegisters registers(kAmx);
     sample_ = sample;
     window_ = sample.window;
     first_block_ = first_block;
@@ -39,14 +41,11 @@ class BackwardTask {
     key_begin_ = chunk * plan_.task_keys;
     key_end_ = std::min(key_begin_ + plan_.task_keys, sample.seqlen_k);
     visible_end_ = std::min(key_end_, window_.key_end);
-    const int64_t accumulated = round_up(key_end_ - key_begin_, kHalfRows);
-    std::fill_n(scratch_.dk, accumulated * plan_.panels * kLanes, A(0));
-    std::fill_n(scratch_.dv, accumulated * plan_.panels_v * kLanes, A(0));
+    products_.begin(key_end_ - key_begin_, visible_end_ - key_begin_, keys(args_.k, head_k), keys(args_.v, head_k));
     const int64_t first_head = head_k * sizes_.group(), end_head = first_head + sizes_.group();
     BiasTask bias_task(shared_.bias_gradient, omp_get_thread_num(), sample.batch, first_head, chunk,
                        key_end_ - key_begin_);
     if (key_begin_ < visible_end_) {
-      pack_keys(head_k);
       const int64_t first_row = round_down(window_.query_begin(key_begin_), kBlockRows<E>);
       const int64_t last_row = window_.query_end_of(visible_end_ - 1);
       for (int64_t row = first_row; row < last_row; row += kBlockRows<E>) {
@@ -54,24 +53,19 @@ class BackwardTask {
       }
     }
     bias_task.finish();
-    write(args_.dk, head_k, scratch_.dk, plan_.panels, sizes_.head_dim, static_cast<A>(args_.options.softmax_scale));
-    write(args_.dv, head_k, scratch_.dv, plan_.panels_v, sizes_.head_dim_v, scores_.kept());
+    products_.write(key_end_ - key_begin_, args_.dk.key(sample_, head_k, key_begin_), args_.dk.seq_stride,
+                    static_cast<A>(args_.options.softmax_scale), args_.dv.key(sample_, head_k, key_begin_),
+                    args_.dv.seq_stride, scores_.kept());
   }
 
  private:
   using A = Accumulate<T>;
+  using Scratch = BackwardScratch<E, kAmx>;
+  using Products = BackwardProducts<E, kAmx>;
   using BiasTask = typename BiasGradient<A>::Task;
   static constexpr int64_t kLanes = Vec<A>::kSize;
   static constexpr int64_t kDepth = Operand<E>::kDepth;
-  static constexpr int64_t kKeyUnit = std::max(kLanes, kHalfRows);  // tiles of dk and dv lie inside of one
-  static constexpr int64_t kKeyPanel = depth_of<E>(kMaxTaskKeys) * kLanes;
-  static constexpr int64_t kSumKeys = 128;
-  static constexpr std::array<A, kHalfRows> kOnes = [] {
-    std::array<A, kHalfRows> ones{};
-    for (A& one : ones) one = 1;
-    return ones;
-  }();
-  static constexpr int64_t kBlockPanel = depth_of<E>(kBlockRows<E>) * kLanes;
+  static constexpr int64_t kKeyUnit = Products::kKeyUnit;
   static_assert(kBlockRows<E> % kStripRows == 0 && kStripRows % kDepth == 0);
 
   // The keys of this task that a strip of queries sees, counted from key_begin_.
@@ -88,13 +82,11 @@ class BackwardTask {
     A *p, *ds;
   };
 
-  void pack_keys(int64_t head_k) {
-    const int64_t keys = visible_end_ - key_begin_;
-    const T* k = args_.k.key(sample_, head_k, key_begin_);
-    const T* v = args_.v.key(sample_, head_k, key_begin_);
-    pack_transposed(scratch_.keys_t, k, args_.k.seq_stride, keys, sizes_.head_dim);
-    pack_transposed(scratch_.values_t, v, args_.v.seq_stride, keys, sizes_.head_dim_v);
-    pack_panels(scratch_.keys, kKeyPanel, k, args_.k.seq_stride, keys, sizes_.head_dim);
+  MatrixRows<T> keys(const HeadTensor<const T>& tensor, int64_t head_k) const {
+    return {tensor.key(sample_, head_k, key_begin_), tensor.seq_stride};
+  }
+  MatrixRows<T> queries(const HeadTensor<const T>& tensor, int64_t head, int64_t row) const {
+    return {tensor.query(sample_, head, row), tensor.seq_stride};
   }
 
   Strip strip(int64_t row) const {
@@ -109,18 +101,18 @@ class BackwardTask {
     const int64_t seen_begin = window_.key_begin(row_begin), seen_end = window_.key_end_of(row_end - 1);
     if (std::max(seen_begin, key_begin_) >= std::min(seen_end, key_end_)) return;
 
-    pack_panels(scratch_.queries, kBlockPanel, args_.q.query(sample_, head, row_begin), args_.q.seq_stride,
-                row_end - row_begin, sizes_.head_dim);
-    pack_panels(scratch_.douts, kBlockPanel, args_.dout.query(sample_, head, row_begin), args_.dout.seq_stride,
-                row_end - row_begin, sizes_.head_dim_v);
+    products_.pack_block(row_end - row_begin, queries(args_.q, head, row_begin), queries(args_.dout, head, row_begin));
     bias_task.begin_block(head, row_begin);
     for (int64_t row = row_begin; row < row_end; row += kStripRows) {
       const Strip seen = strip(row);
       if (seen.begin < seen.end) gradients(head, seen, row - row_begin, bias_task);
     }
     bias_task.end_block();
-    add_columns(scratch_.p, row_begin, row_end, scratch_.douts, plan_.panels_v, scratch_.dv);
-    add_columns(scratch_.ds, row_begin, row_end, scratch_.queries, plan_.panels, scratch_.dk);
+    if constexpr (kAmx) clear_unseen(row_begin, row_end, seen_begin, seen_end);
+    products_.add_columns(0, visible_end_ - key_begin_, [&](int64_t key, int64_t last_key) {
+      return std::pair(std::max(window_.query_begin(key_begin_ + key), row_begin) - row_begin,
+                       std::min(window_.query_end_of(key_begin_ + last_key), row_end) - row_begin);
+    });
 
     Turn& turn = shared_.turns[first_block_ + head * plan_.query_blocks + row_begin / kBlockRows<E>];
     turn.wait_for(plan_.rank(chunk_, seen_begin, seen_end));
@@ -131,34 +123,50 @@ class BackwardTask {
     turn.pass_on();
   }
 
+  // Makes P and dS of a block zeros where its strips have none, for the keys that one of its queries sees.
+  void clear_unseen(int64_t row_begin, int64_t row_end, int64_t seen_begin, int64_t seen_end) {
+    const int64_t begin = round_down(std::max(seen_begin - key_begin_, int64_t{0}), kKeyUnit);
+    const int64_t end = round_up(std::min(seen_end, key_end_) - key_begin_, kKeyUnit);
+    for (int64_t row = 0; row < round_up(row_end - row_begin, Products::kColumnRows); row += kDepth) {
+      int64_t first = end, last = end;
+      if (row_begin + row < row_end) {
+        const Strip seen = strip(row_begin + round_down(row, kStripRows));
+        if (seen.begin < seen.end) {
+          first = round_down(seen.begin, kKeyUnit);
+          last = round_up(seen.end, kKeyUnit);
+        }
+      }
+      for (E* operand : {scratch_.p, scratch_.ds}) {
+        E* columns = operand + row / kDepth * kScorePitch;
+        std::fill(columns + begin, columns + first, E{});
+        std::fill(columns + last, columns + end, E{});
+      }
+    }
+  }
+
   // P, dS and dS . K of one strip. P and dS are zeros where a row does not see a key.
   void gradients(int64_t head, const Strip& strip, int64_t local_row, BiasTask& bias_task) {
     const int64_t begin = round_down(strip.begin, kKeyUnit);
     const int64_t columns = round_up(strip.end, kLanes) - begin, cleared = round_up(strip.end, kKeyUnit) - begin;
     A *p, *ds;
-    if constexpr (BackwardScratch<E>::kInPlace) {
+    if constexpr (Scratch::kInPlace) {
       p = scratch_.p + local_row * kScorePitch + begin;
       ds = scratch_.ds + local_row * kScorePitch + begin;
     } else {
       p = scratch_.strip_p;
       ds = scratch_.strip_ds;
     }
-    pack_rows<kStripRows, kHeadPitch>(scratch_.query_rows, args_.q.query(sample_, head, strip.row), args_.q.seq_stride,
-                                      strip.rows, sizes_.head_dim, scores_.scale().sign);
-    pack_rows<kStripRows, kHeadPitch>(scratch_.dout_rows, args_.dout.query(sample_, head, strip.row),
-                                      args_.dout.seq_stride, strip.rows, sizes_.head_dim_v, A(1));
-    const int64_t depth = depth_of<E>(sizes_.head_dim), depth_v = depth_of<E>(sizes_.head_dim_v);
-    multiply_scores(score_runs(strip.rows), depth, scratch_.query_rows, scratch_.keys_t + begin * depth,
-                    columns / kLanes, p);
-    multiply_scores(scores_.gradient_runs(), depth_v, scratch_.dout_rows, scratch_.values_t + begin * depth_v,
-                    columns / kLanes, ds);
+    const StripColumns whole{strip.rows, begin, begin + cleared};
+    products_.multiply_strip({strip.rows, begin, strip.end}, score_runs(strip.rows), scores_.scale().sign,
+                             queries(args_.q, head, strip.row), p, scores_.gradient_runs(),
+                             queries(args_.dout, head, strip.row), ds);
 
     read_statistics(head, strip);
     for (int64_t r = 0; r < strip.rows; ++r) prefetch_row(head, strip.row + r);
     const Part part{strip.row, strip.rows, local_row, begin, p, ds};
-    if (BackwardScratch<E>::kInPlace || !plain_ || bias_task.wanted()) {
+    if (Scratch::kInPlace || !plain_ || bias_task.wanted()) {
       row_gradients(head, part, 0, columns, cleared, bias_task);
-    } else if constexpr (!BackwardScratch<E>::kInPlace) {
+    } else if constexpr (!Scratch::kInPlace) {
       // Most columns are seen by all of the rows: their numbers go straight to pairs.
       const int64_t last_row = strip.row + strip.rows - 1, origin = key_begin_ + begin;
       const int64_t left = std::clamp(round_up(window_.key_begin(last_row) - origin, kLanes), int64_t{0}, columns);
@@ -168,28 +176,16 @@ class BackwardTask {
       row_gradients(head, part, right, columns, cleared, bias_task);
     }
     const E* ds_rows;
-    if constexpr (BackwardScratch<E>::kInPlace) {
+    if constexpr (Scratch::kInPlace) {
       ds_rows = ds;
     } else {
       ds_rows = scratch_.ds_rows;
     }
-    A* dq = scratch_.dq + local_row * plan_.panels * kLanes;
-    for (int64_t half = 0; half < strip.rows; half += kHalfRows) {
-      const int64_t row = strip.row + half, last_row = std::min(row + kHalfRows, strip.row + strip.rows) - 1;
-      const int64_t first = std::max(window_.key_begin(row) - key_begin_, int64_t{0});
-      const int64_t last = std::min(window_.key_end_of(last_row), key_end_) - key_begin_;
-      A* to = dq + half * plan_.panels * kLanes;
-      const A* rescale = nullptr;
-      int64_t key = first;
-      do {  // one sum of so many products would lose more than plain PyTorch's does
-        const int64_t end = std::min(round_down(key, kSumKeys) + kSumKeys, last);
-        multiply_values<E>(key < end ? depth_of<E>(end) - key / kDepth : 0,
-                           ds_rows + half * kScorePitch + (key - begin) / kDepth,
-                           scratch_.keys + key / kDepth * kLanes, kKeyPanel, plan_.panels, rescale, to);
-        rescale = kOnes.data();
-        key = end;
-      } while (key < last);
-    }
+    const auto keys_of = [&](int64_t first_row, int64_t last_row) {
+      return std::pair(std::max(window_.key_begin(strip.row + first_row) - key_begin_, int64_t{0}),
+                       std::min(window_.key_end_of(strip.row + last_row), key_end_) - key_begin_);
+    };
+    products_.multiply_rows(whole, ds_rows, keys_of, scratch_.dq + local_row * plan_.panels * kLanes);
   }
 
   void read_statistics(int64_t head, const Strip& strip) {
@@ -247,7 +243,7 @@ class BackwardTask {
       bias_task.add(row, part.begin + from, std::min(columns, key_end_ - origin), ds);
       if (scores_.capped()) multiply_row(ds, scratch_.slopes, columns);
     }
-    if constexpr (!BackwardScratch<E>::kInPlace) pack(part, from, columns);
+    if constexpr (!Scratch::kInPlace) pack(part, from, cleared - from);
   }
 
   // The same as pairs.
@@ -283,19 +279,6 @@ class BackwardTask {
     }
   }
 
-  // sums += A^T . B, for kHalfRows keys at a time over the queries of the block that see one of them.
-  void add_columns(const E* a, int64_t row_begin, int64_t row_end, const E* b, int64_t panels, A* sums) {
-    const int64_t visible = visible_end_ - key_begin_;
-    for (int64_t key = 0; key < visible; key += kHalfRows) {
-      const int64_t last_key = std::min(key + kHalfRows, visible) - 1;
-      const int64_t first = std::max(window_.query_begin(key_begin_ + key), row_begin) - row_begin;
-      const int64_t last = std::min(window_.query_end_of(key_begin_ + last_key), row_end) - row_begin;
-      if (first >= last) continue;
-      add_transposed(depth_of<E>(last) - first / kDepth, a + first / kDepth * kScorePitch + key,
-                     b + first / kDepth * kLanes, kBlockPanel, panels, sums + key * panels * kLanes);
-    }
-  }
-
   // dq += scale * dS . K for one strip. The first chunk that the strip sees begins the sum, the last one rounds it.
   void add_rows(int64_t head, const Strip& strip, const A* from) {
     const int64_t seen_begin = window_.key_begin(strip.row), seen_end = window_.key_end_of(strip.row + strip.rows - 1);
@@ -323,17 +306,13 @@ class BackwardTask {
     }
   }
 
-  void write(const HeadTensor<T>& tensor, int64_t head_k, const A* from, int64_t panels, int64_t columns, A scale) {
-    add_scaled<A, T>(key_end_ - key_begin_, columns, from, panels, scale, nullptr, 0,
-                     tensor.key(sample_, head_k, key_begin_), tensor.seq_stride);
-  }
-
   const BackwardShared<T>& shared_;
   const AttentionBackward<T>& args_;
   const AttentionSizes& sizes_;
   const Scores<T>& scores_;
   std::byte* const base_;
-  BackwardScratch<E> scratch_;
+  Scratch scratch_;
+  const Products products_;
   RowStatistics<A> statistics_;
   const bool plain_;  // nothing happens to P and dS after score_gradients, but a bias may want dS
   BackwardPlan plan_;
@@ -343,7 +322,7 @@ class BackwardTask {
   int64_t visible_end_;  // of the chunk's keys: the rest is padding
 };
 
-template <typename T, typename E>
+template <typename T, typename E, bool kAmx>
 void backward(const AttentionBackward<T>& args) {
   using A = Accumulate<T>;
   const AttentionSizes& s = args.options.sizes;
@@ -356,7 +335,7 @@ void backward(const AttentionBackward<T>& args) {
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), most));
   int64_t scratch_bytes = 0, chunks = 0, query_blocks = 0, task_keys = 0, panels = 0;
   for (const Segment<BackwardPlan>& segment : segments) {
-    scratch_bytes = std::max(scratch_bytes, BackwardScratch<E>(nullptr, s, segment.plan).bytes);
+    scratch_bytes = std::max(scratch_bytes, BackwardScratch<E, kAmx>(nullptr, s, segment.plan).bytes);
     chunks = std::max(chunks, segment.plan.chunks);
     query_blocks = std::max(query_blocks, segment.plan.query_blocks);
     task_keys = segment.plan.task_keys;
@@ -387,7 +366,7 @@ void backward(const AttentionBackward<T>& args) {
                     index);
     }
     // Not an OpenMP loop: the order in which tasks begin must be the order of their turns.
-    BackwardTask<T, E> task(shared, memory.get() + omp_get_thread_num() * scratch_bytes);
+    BackwardTask<T, E, kAmx> task(shared, memory.get() + omp_get_thread_num() * scratch_bytes);
     for (int64_t index = next_task++; index < segments.tasks(); index = next_task++) {
       const Segment<BackwardPlan>& segment = segments.of_task(index);
       const BackwardPlan& plan = segment.plan;
@@ -404,7 +383,13 @@ void backward(const AttentionBackward<T>& args) {
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& args) {
-  dispatch_operand<T>([&](auto tag) { backward<T, typename decltype(tag)::Type>(args); });
+  dispatch_operand<T>([&](auto tag) {
+    using E = typename decltype(tag)::Type;
+    if constexpr (!std::is_same_v<E, Accumulate<T>>) {
+      if (multiplies_on_amx()) return backward<T, E, true>(args);
+    }
+    backward<T, E, false>(args);
+  });
 }
 
 template void attention_backward<float>(const AttentionBackward<float>&);

@@ -1,6 +1,7 @@
 // Attention, backward: how a problem is cut into tasks, and the memory of one of them.
 #pragma once
 
+#include "amx.h"
 #include "attention_products.h"
 
 namespace leedl {
@@ -63,43 +64,55 @@ struct BackwardPlan {
 };
 
 // The memory of one thread. Operands hold E, sums are A; see Operand. P and dS of a block of queries are operands twice:
-// `p` and `ds` as the transposed left side of dv and dk, `ds_rows` as the left side of dq. Numbers that are operands as
-// they stand (E is A) lie there once, and are made in place; pairs are made of a strip's numbers.
-template <typename E>
+// `p` and `ds` for dv and dk, `ds_rows` as the left side of dq. Numbers that are operands as they stand (E is A) lie
+// there once, and are made in place; pairs are made of a strip's numbers. On AMX the products go along the head in whole
+// tiles, and dk and dv are made transposed (attention_backward_products.h).
+template <typename E, bool kAmx>
 struct BackwardScratch {
   using A = SumOf<E>;
   static constexpr bool kInPlace = std::is_same_v<E, A>;
+  static constexpr int64_t kLanes = Vec<A>::kSize;
+  // An odd number of cache lines, so that rows spread over the cache's sets.
+  static constexpr int64_t kBlockPitch = depth_of<E>(kBlockRows<E>) + kTileSize;
+  static constexpr int64_t kKeyPitch = kMaxTaskKeys + kTileSize;
 
-  E* keys_t;      // panels of [depth(head_dim)][W]: K^T
-  E* values_t;    // panels of [depth(head_dim_v)][W]: V^T
-  E* keys;        // [panels] panels of [depth(kMaxTaskKeys)][W]
-  A* dk;          // [task_keys][panels * W]
-  A* dv;          // [task_keys][panels_v * W]
-  A* dq;          // [kBlockRows][panels * W]: what this task adds, without softmax_scale
-  E* queries;     // [panels] panels of [depth(kBlockRows)][W]
-  E* douts;       // [panels_v] panels of [depth(kBlockRows)][W]
-  E* query_rows;  // [kStripRows][kHeadPitch]
-  E* dout_rows;   // [kStripRows][kHeadPitch]
-  E* p;           // [depth(kBlockRows)][kScorePitch]
-  E* ds;          // [depth(kBlockRows)][kScorePitch]
-  E* ds_rows;     // [kStripRows][kScorePitch], where not in place
-  A* strip_p;     // the same
-  A* strip_ds;    // the same
-  A* factors;     // of dropout, [kScorePitch]
-  A* slopes;      // of softcap, [kScorePitch]
+  // Elements along the depth of Q . K^T, or dout . V^T.
+  static constexpr int64_t depth(int64_t head_dim) {
+    return kAmx ? round_up(depth_of<E>(head_dim), kTileSize) : depth_of<E>(head_dim);
+  }
+
+  E* keys_t;       // panels of [depth(head_dim)][W]: K^T
+  E* values_t;     // panels of [depth(head_dim_v)][W]: V^T
+  E* keys;         // [panels] panels of [depth_of(kMaxTaskKeys)][W]
+  A* dk;           // [task_keys][panels * W], on AMX [panels * W][kKeyPitch]
+  A* dv;           // [task_keys][panels_v * W], on AMX [panels_v * W][kKeyPitch]
+  A* dq;           // [kBlockRows][panels * W]: what this task adds, without softmax_scale
+  E* queries;      // [panels] panels of [depth_of(kBlockRows)][W], on AMX [panels * W][kBlockPitch]
+  E* douts;        // the same of panels_v
+  E* query_rows;   // [kStripRows][kHeadPitch]
+  E* dout_rows;    // [kStripRows][kHeadPitch]
+  E* p;            // [depth_of(kBlockRows)][kScorePitch]
+  E* ds;           // [depth_of(kBlockRows)][kScorePitch]
+  E* ds_rows;      // [kStripRows][kScorePitch], where not in place
+  A* strip_p;      // the same
+  A* strip_ds;     // the same
+  A* factors;      // of dropout, [kScorePitch]
+  A* slopes;       // of softcap, [kScorePitch]
+  A* key_columns;  // of dk and dv, [task_keys][W], on AMX
   int64_t bytes;
 
   BackwardScratch(std::byte* base, const AttentionSizes& s, const BackwardPlan& plan) {
-    constexpr int64_t kLanes = Vec<A>::kSize;
+    const int64_t keys_of_sums = kAmx ? kKeyPitch : plan.task_keys;
+    const int64_t rows_of_block = kAmx ? kBlockPitch : depth_of<E>(kBlockRows<E>);
     ByteArena arena(base);
-    arena.take(keys_t, plan.task_keys * depth_of<E>(s.head_dim));
-    arena.take(values_t, plan.task_keys * depth_of<E>(s.head_dim_v));
+    arena.take(keys_t, plan.task_keys * depth(s.head_dim));
+    arena.take(values_t, plan.task_keys * depth(s.head_dim_v));
     arena.take(keys, depth_of<E>(kMaxTaskKeys) * plan.panels * kLanes);
-    arena.take(dk, plan.task_keys * plan.panels * kLanes);
-    arena.take(dv, plan.task_keys * plan.panels_v * kLanes);
+    arena.take(dk, keys_of_sums * plan.panels * kLanes);
+    arena.take(dv, keys_of_sums * plan.panels_v * kLanes);
     arena.take(dq, kBlockRows<E> * plan.panels * kLanes);
-    arena.take(queries, depth_of<E>(kBlockRows<E>) * plan.panels * kLanes);
-    arena.take(douts, depth_of<E>(kBlockRows<E>) * plan.panels_v * kLanes);
+    arena.take(queries, rows_of_block * plan.panels * kLanes);
+    arena.take(douts, rows_of_block * plan.panels_v * kLanes);
     arena.take(query_rows, kStripRows * kHeadPitch);
     arena.take(dout_rows, kStripRows * kHeadPitch);
     arena.take(p, depth_of<E>(kBlockRows<E>) * kScorePitch);
@@ -111,6 +124,7 @@ struct BackwardScratch {
     }
     arena.take(factors, kScorePitch);
     arena.take(slopes, kScorePitch);
+    if constexpr (kAmx) arena.take(key_columns, plan.task_keys * kLanes);
     bytes = arena.taken();
   }
 };

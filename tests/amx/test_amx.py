@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from libraries import FOLDER, processor_has, processor_has_amx
+from libraries import FOLDER, compiled, processor_has, processor_has_amx
 
 from leedl_fast.backends import cpu_modules
 
@@ -14,7 +14,9 @@ def run_file(name: str) -> None:
     # pytest's handler of SIGILL would take the emulator's place.
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header"]
     options = ["-p", "no:cacheprovider", "-p", "no:faulthandler", str(FOLDER / name)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    memory = {"LD_PRELOAD": str(compiled("poisoned_memory"))}
+    environment = {**os.environ, **threads, **memory}
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout
