@@ -383,13 +383,7 @@ void backward(const AttentionBackward<T>& args) {
 
 template <typename T>
 void attention_backward(const AttentionBackward<T>& args) {
-  dispatch_operand<T>([&](auto tag) {
-    using E = typename decltype(tag)::Type;
-    if constexpr (!std::is_same_v<E, Accumulate<T>>) {
-      if (multiplies_on_amx()) return backward<T, E, true>(args);
-    }
-    backward<T, E, false>(args);
-  });
+  dispatch_products<T>([&](auto tag, auto amx) { backward<T, typename decltype(tag)::Type, amx()>(args); });
 }
 
 template void attention_backward<float>(const AttentionBackward<float>&);

@@ -1,7 +1,6 @@
 // Attention, backward: how a problem is cut into tasks, and the memory of one of them.
 #pragma once
 
-#include "amx.h"
 #include "attention_products.h"
 
 namespace leedl {

@@ -9,7 +9,6 @@
 //
 // On AMX a strip has twice the rows, two tiles, and both products go along the depth in whole tiles, over zeros where
 // there is no more; between the products nothing differs.
-#include "amx.h"
 #include "attention_output.h"
 #include "attention_softmax.h"
 
@@ -22,15 +21,15 @@ constexpr int64_t kPackedTogether = 64;       // keys, where the block moves on
 constexpr int64_t kSinglePassRows = 4032;     // rows of a task, where one block holds all that it sees
 constexpr int64_t kBlockRows = 1008;    // rows of a task, over all heads of the group, where it walks over many blocks
 constexpr int64_t kTasksPerThread = 8;  // smaller tasks rather than fewer than this
-constexpr int64_t kMaxStripRows = 2 * kStripRows;  // on AMX
 constexpr int64_t kAmxBlockKeys = 256;             // so that scores of twice the rows take no more of the cache
 constexpr int64_t kAmxStepKeys = 2 * kTileSize;    // of a step of P . V
 static_assert(kMaxColumns <= kScorePitch);
 
+template <bool kAmx>
+constexpr int64_t kStripRowsOn = kAmx ? 2 * kStripRows : kStripRows;
+
 // How a problem is cut into tasks and blocks.
 struct Plan {
-  bool amx;
-  int64_t strip_rows;
   int64_t depth;        // elements of a packed key
   int64_t value_depth;  // elements of a column of packed values
   bool single_pass;
@@ -39,26 +38,24 @@ struct Plan {
   int64_t block_keys;     // keys that one block holds at most
   int64_t panels_v;       // vector panels of a row of values
 
-  template <typename T, typename E>
+  template <typename E, bool kAmx>
   static Plan make(const AttentionOptions& options, const AttentionSizes& s) {
     const int64_t threads = std::max(options.num_threads, 1);
-    constexpr int64_t kLanes = Vec<Accumulate<T>>::kSize;
+    constexpr int64_t kLanes = Vec<SumOf<E>>::kSize, kRows = kStripRowsOn<kAmx>;
     Plan plan;
-    plan.amx = std::is_same_v<E, BFloat16Pair> && multiplies_on_amx();
-    plan.strip_rows = plan.amx ? kMaxStripRows : kStripRows;
-    plan.depth = plan.amx ? round_up(depth_of<E>(s.head_dim), kTileSize) : depth_of<E>(s.head_dim);
+    plan.depth = kAmx ? round_up(depth_of<E>(s.head_dim), kTileSize) : depth_of<E>(s.head_dim);
     plan.panels_v = (s.head_dim_v + kLanes - 1) / kLanes;
     const int64_t span = options.window_left + options.window_right;
-    const int64_t strip_columns = std::min(plan.strip_rows + span + 2 * kLanes, s.seqlen_k + kLanes);
+    const int64_t strip_columns = std::min(kRows + span + 2 * kLanes, s.seqlen_k + kLanes);
     plan.single_pass = strip_columns <= kMaxColumns;
 
-    const int64_t strips = (s.seqlen_q + plan.strip_rows - 1) / plan.strip_rows;
+    const int64_t strips = (s.seqlen_q + kRows - 1) / kRows;
     const int64_t max_strips =
-        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / plan.strip_rows, 1);
+        std::max<int64_t>((plan.single_pass ? kSinglePassRows : kBlockRows / s.group()) / kRows, 1);
     const int64_t wanted_strips = std::max<int64_t>(strips * s.batch * s.num_heads_k / (kTasksPerThread * threads),
-                                                    4 * kStripRows / plan.strip_rows);
+                                                    4 * kStripRows / kRows);
     const int64_t task_strips = std::min({wanted_strips, max_strips, std::max<int64_t>(strips, 1)});
-    plan.task_rows = task_strips * plan.strip_rows;
+    plan.task_rows = task_strips * kRows;
     plan.chunks = (strips + task_strips - 1) / task_strips;
     plan.tasks = s.num_heads_k * plan.chunks;
     plan.blocks = 0;
@@ -69,39 +66,42 @@ struct Plan {
       const int64_t seen = std::min(plan.task_rows + span + kLanes, s.seqlen_k);
       plan.block_keys = round_up(std::min(seen, std::max(2 * fitting, strip_columns + 2 * kPackedTogether)), kLanes);
     } else {
-      plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, plan.amx ? kAmxBlockKeys : 512), 64);
+      plan.block_keys = round_down(std::clamp<int64_t>(fitting, 128, kAmx ? kAmxBlockKeys : 512), 64);
     }
-    plan.value_depth = depth_of<E>(plan.block_keys + (plan.amx ? kAmxStepKeys / 2 : 0));
+    plan.value_depth = depth_of<E>(plan.block_keys + (kAmx ? kAmxStepKeys / 2 : 0));
     return plan;
   }
 };
 
 // The memory of one thread. E is what operands hold, A what is summed; see Operand.
-template <typename E, typename A = typename Operand<E>::Sum>
+template <typename E, bool kAmx>
 struct Scratch {
+  using A = SumOf<E>;
+  static constexpr int64_t kRows = kStripRowsOn<kAmx>;  // of a strip
+
   E* keys;           // [block_keys / W] panels of [plan.depth][W]
   E* values;         // [panels_v] panels of [value_depth][W]
-  E* queries;        // [strip_rows][kHeadPitch]
-  A* scores;         // [strip_rows][kScorePitch]
+  E* queries;        // [kRows][kHeadPitch]
+  A* scores;         // [kRows][kScorePitch]
   E* probabilities;  // the same; the scores themselves where E is A
-  A* out;            // per strip [strip_rows][panels_v * W], not yet divided by the sum
-  A* row_max;        // per strip [strip_rows]
-  A* row_sum;        // per strip [strip_rows]
+  A* out;            // per strip [kRows][panels_v * W], not yet divided by the sum
+  A* row_max;        // per strip [kRows]
+  A* row_sum;        // per strip [kRows]
   A* factors;        // of dropout [kScorePitch]
   int64_t bytes;
 
   Scratch(std::byte* base, const AttentionSizes& s, const Plan& plan) {
     constexpr int64_t kLanes = Vec<A>::kSize;
-    const int64_t rows = plan.single_pass ? plan.strip_rows : s.group() * plan.task_rows;
+    const int64_t rows = plan.single_pass ? kRows : s.group() * plan.task_rows;
     ByteArena arena(base);
     arena.take(keys, plan.block_keys * plan.depth);
     arena.take(values, plan.value_depth * plan.panels_v * kLanes);
-    arena.take(queries, plan.strip_rows * kHeadPitch);
-    arena.take(scores, plan.strip_rows * kScorePitch);
+    arena.take(queries, kRows * kHeadPitch);
+    arena.take(scores, kRows * kScorePitch);
     if constexpr (std::is_same_v<E, A>) {
       probabilities = scores;
     } else {
-      arena.take(probabilities, plan.strip_rows * kScorePitch);
+      arena.take(probabilities, kRows * kScorePitch);
     }
     arena.take(out, rows * plan.panels_v * kLanes);
     arena.take(row_max, rows);
@@ -111,7 +111,7 @@ struct Scratch {
   }
 };
 
-template <typename T, typename E>
+template <typename T, typename E, bool kAmx>
 class ForwardTask {
  public:
   ForwardTask(const AttentionForward<T>& args, std::byte* base)
@@ -126,9 +126,9 @@ class ForwardTask {
   // longest tasks.
   void run(const Plan& plan, const Sample& sample, int64_t index) {
     plan_ = plan;
-    scratch_ = Scratch<E>(base_, sizes_, plan);
-    const TileRegisters registers(amx());
-    if (plan.depth > depth_of<E>(sizes_.head_dim)) std::fill_n(scratch_.queries, plan.strip_rows * kHeadPitch, E{});
+    scratch_ = Scratch<E, kAmx>(base_, sizes_, plan);
+    const TileRegisters registers(kAmx);
+    if (plan.depth > depth_of<E>(sizes_.head_dim)) std::fill_n(scratch_.queries, kRows * kHeadPitch, E{});
     sample_ = sample;
     window_ = sample.window;
     const int64_t row_begin = (plan.chunks - 1 - index / sizes_.num_heads_k) * plan.task_rows;
@@ -138,14 +138,14 @@ class ForwardTask {
     const int64_t key_end = window_.key_end_of(row_end - 1);
     const int64_t first_head = head_k * sizes_.group();
     for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-      for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
+      for (int64_t row = row_begin; row < row_end; row += kRows) {
         if (window_.key_begin(row) < window_.key_end_of(last_row(row))) continue;
         for (int64_t r = row; r <= last_row(row); ++r) writer_.write_masked(sample_, head, r);
       }
     }
     if (plan_.single_pass) {
       block_begin_ = packed_end_ = round_down(key_begin, kLanes);
-      for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
+      for (int64_t row = row_begin; row < row_end; row += kRows) {
         hold(head_k, window_.key_begin(row), window_.key_end_of(last_row(row)), key_end);
         for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) strip(head, row, 0);
       }
@@ -155,8 +155,8 @@ class ForwardTask {
       block_begin_ = packed_end_ = begin;
       pack(head_k, std::min(begin + plan_.block_keys, key_end));
       for (int64_t head = first_head; head < first_head + sizes_.group(); ++head) {
-        for (int64_t row = row_begin; row < row_end; row += strip_rows()) {
-          strip(head, row, ((head - first_head) * plan_.task_rows + row - row_begin) / strip_rows());
+        for (int64_t row = row_begin; row < row_end; row += kRows) {
+          strip(head, row, ((head - first_head) * plan_.task_rows + row - row_begin) / kRows);
         }
       }
     }
@@ -164,22 +164,18 @@ class ForwardTask {
 
  private:
   using A = Accumulate<T>;
+  static constexpr int64_t kRows = kStripRowsOn<kAmx>;  // of a strip
   static constexpr int64_t kLanes = Vec<A>::kSize;
   static constexpr int64_t kDepth = Operand<E>::kDepth;
 
-  bool amx() const {
-    if constexpr (std::is_same_v<E, BFloat16Pair>) return plan_.amx;
-    return false;
-  }
-  int64_t strip_rows() const { return amx() ? kMaxStripRows : kStripRows; }
-  int64_t last_row(int64_t row) const { return std::min(row + strip_rows(), window_.seqlen_q) - 1; }
+  int64_t last_row(int64_t row) const { return std::min(row + kRows, window_.seqlen_q) - 1; }
   int64_t panel_stride() const { return plan_.value_depth * kLanes; }
 
   // Packs the keys from packed_end_, a multiple of the lanes beyond block_begin_, to `end`.
   void pack(int64_t head_k, int64_t end) {
     const int64_t at = packed_end_ - block_begin_, keys = end - packed_end_;
     const T* k = args_.k.key(sample_, head_k, packed_end_);
-    if constexpr (std::is_same_v<E, BFloat16Pair>) {
+    if constexpr (kAmx) {
       pack_transposed(scratch_.keys + at * plan_.depth, k, args_.k.seq_stride, keys, sizes_.head_dim, plan_.depth);
     } else {
       pack_transposed(scratch_.keys + at * plan_.depth, k, args_.k.seq_stride, keys, sizes_.head_dim);
@@ -187,7 +183,7 @@ class ForwardTask {
     pack_panels(scratch_.values + at / kDepth * kLanes, panel_stride(), args_.v.key(sample_, head_k, packed_end_),
                 args_.v.seq_stride, keys, sizes_.head_dim_v);
     packed_end_ = end;
-    if (!amx()) return;
+    if constexpr (!kAmx) return;
     // Products may go on for less than kAmxStepKeys beyond the last panel of keys.
     const int64_t first = depth_of<E>(end - block_begin_);
     const int64_t last = depth_of<E>(round_up(end - block_begin_, kLanes) + kAmxStepKeys - kLanes);
@@ -222,8 +218,8 @@ class ForwardTask {
     const int64_t end = std::min(strip_end, packed_end_) - block_begin_;
     if (begin >= end) return;
 
-    A* row_max = scratch_.row_max + local * strip_rows();
-    A* row_sum = scratch_.row_sum + local * strip_rows();
+    A* row_max = scratch_.row_max + local * kRows;
+    A* row_sum = scratch_.row_sum + local * kRows;
     const bool first = strip_begin >= block_begin_;
     const int64_t padded = round_up(rows, kStripRows);
     for (int64_t r = 0; r < padded; r += kStripRows) {
@@ -252,7 +248,7 @@ class ForwardTask {
       }
     }
 
-    alignas(64) A rescale[kMaxStripRows];
+    alignas(64) A rescale[kRows];
     if (scores_.softmax()) {
       for (int64_t r = 0; r < padded; r += kStripRows) {
         softmax_rows(scores + r * kScorePitch, columns, scores_.scale().factor, row_max + r, row_sum + r,
@@ -269,8 +265,8 @@ class ForwardTask {
       }
     }
     const int64_t pitch = plan_.panels_v * kLanes;
-    A* out = scratch_.out + local * strip_rows() * pitch;
-    if (amx() && !first) {  // before P is packed: tiles wait for stores that are still on their way
+    A* out = scratch_.out + local * kRows * pitch;
+    if (kAmx && !first) {  // before P is packed: tiles wait for stores that are still on their way
       for (int64_t r = 0; r < padded; ++r) scale_row(out + r * pitch, pitch, rescale[r]);
     }
     if constexpr (!std::is_same_v<E, A>) {
@@ -278,8 +274,11 @@ class ForwardTask {
         pack_row(scratch_.probabilities + r * kScorePitch, scores + r * kScorePitch, columns);
       }
     }
-    if (amx()) {
-      add_values_on_amx(rows, column_begin, columns, !first, out);
+    if constexpr (kAmx) {
+      // P is 0, and V finite, where a row does not see a key.
+      const AmxPanels values{scratch_.values + column_begin / kDepth * kLanes, panel_stride(), kLanes};
+      multiply_on_amx(rows, depth_of<E>(columns), {scratch_.probabilities, kScorePitch}, values, plan_.panels_v, !first,
+                      {out, pitch});
     } else {
       for (int64_t half = 0; half < rows; half += kHalfRows) {
         add_values(row + half, half, column_begin, first ? nullptr : rescale + half, out + half * pitch);
@@ -291,23 +290,11 @@ class ForwardTask {
   // scores = Q . K^T for the keys [column_begin, column_begin + columns) of the block.
   void multiply_queries(int64_t rows, int64_t column_begin, int64_t columns) {
     const E* keys = scratch_.keys + column_begin * plan_.depth;
-    if constexpr (std::is_same_v<E, BFloat16Pair>) {
-      if (plan_.amx) {
-        const AmxPanels panels{keys, plan_.depth * kLanes, kLanes};
-        return multiply_on_amx(rows, plan_.depth, {scratch_.queries, kHeadPitch}, panels, columns / kLanes, false,
-                               {scratch_.scores, kScorePitch});
-      }
-    }
-    multiply_scores(score_runs(rows), plan_.depth, scratch_.queries, keys, columns / kLanes, scratch_.scores);
-  }
-
-  // out = P . V, or out + P . V where `add`: P is 0 and V finite where a row does not see a key.
-  void add_values_on_amx([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t column_begin,
-                         [[maybe_unused]] int64_t columns, [[maybe_unused]] bool add, [[maybe_unused]] A* out) {
-    if constexpr (std::is_same_v<E, BFloat16Pair>) {
-      const AmxPanels panels{scratch_.values + column_begin / kDepth * kLanes, panel_stride(), kLanes};
-      multiply_on_amx(rows, depth_of<E>(columns), {scratch_.probabilities, kScorePitch}, panels, plan_.panels_v, add,
-                      {out, plan_.panels_v * kLanes});
+    if constexpr (kAmx) {
+      multiply_on_amx(rows, plan_.depth, {scratch_.queries, kHeadPitch}, {keys, plan_.depth * kLanes, kLanes},
+                      columns / kLanes, false, {scratch_.scores, kScorePitch});
+    } else {
+      multiply_scores(score_runs(rows), plan_.depth, scratch_.queries, keys, columns / kLanes, scratch_.scores);
     }
   }
 
@@ -324,15 +311,15 @@ class ForwardTask {
 
   void write(int64_t head, int64_t row, int64_t rows, int64_t local) {
     const int64_t pitch = plan_.panels_v * kLanes;
-    const A* row_max = scratch_.row_max + local * strip_rows();
-    const A* row_sum = scratch_.row_sum + local * strip_rows();
-    alignas(64) A inverse[kMaxStripRows], logarithm[kMaxStripRows];
+    const A* row_max = scratch_.row_max + local * kRows;
+    const A* row_sum = scratch_.row_sum + local * kRows;
+    alignas(64) A inverse[kRows], logarithm[kRows];
     for (int64_t r = 0; r < rows; r += kLanes) {
       const Vec<A> sum = Vec<A>::load(row_sum + r);
       (Vec<A>::broadcast(scores_.kept()) / sum).store(inverse + r);
       mul_add(Vec<A>::load(row_max + r), Vec<A>::broadcast(scores_.scale().lse_scale), log(sum)).store(logarithm + r);
     }
-    const A* from = scratch_.out + local * strip_rows() * pitch;
+    const A* from = scratch_.out + local * kRows * pitch;
     for (int64_t r = 0; r < rows; ++r, from += pitch) {
       if (row_sum[r] == 0) {
         writer_.write_masked(sample_, head, row + r);
@@ -347,31 +334,31 @@ class ForwardTask {
   const Scores<T> scores_;
   const RowWriter<T> writer_;
   std::byte* const base_;
-  Scratch<E> scratch_;
+  Scratch<E, kAmx> scratch_;
   Plan plan_;
   Sample sample_;
   AttentionWindow window_;
   int64_t block_begin_, packed_end_;  // the keys of the block
 };
 
-template <typename T, typename E>
+template <typename T, typename E, bool kAmx>
 void forward(const AttentionForward<T>& args) {
   const AttentionSizes& s = args.options.sizes;
   const Segments<Plan> segments(args.options, [&](const AttentionSizes& sizes) {
-    return Plan::make<T, E>(args.options, sizes);
+    return Plan::make<E, kAmx>(args.options, sizes);
   });
   if (segments.tasks() == 0) return;
   args.out.advise(s.batch, s.num_heads, s.seqlen_q, s.head_dim_v);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), segments.tasks()));
   int64_t scratch_bytes = 0;
   for (const Segment<Plan>& segment : segments) {
-    scratch_bytes = std::max(scratch_bytes, Scratch<E>(nullptr, s, segment.plan).bytes);
+    scratch_bytes = std::max(scratch_bytes, Scratch<E, kAmx>(nullptr, s, segment.plan).bytes);
   }
   const Buffer<std::byte> memory = allocate<std::byte>(threads * scratch_bytes);
 
 #pragma omp parallel num_threads(threads)
   {
-    ForwardTask<T, E> task(args, memory.get() + omp_get_thread_num() * scratch_bytes);
+    ForwardTask<T, E, kAmx> task(args, memory.get() + omp_get_thread_num() * scratch_bytes);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < segments.tasks(); ++index) {
       const Segment<Plan>& segment = segments.of_task(index);
@@ -387,7 +374,7 @@ void forward(const AttentionForward<T>& args) {
 template <typename T>
 void attention_forward(const AttentionForward<T>& args) {
   if (attention_decodes(args.options)) return attention_decode(args);
-  dispatch_operand<T>([&](auto tag) { forward<T, typename decltype(tag)::Type>(args); });
+  dispatch_products<T>([&](auto tag, auto amx) { forward<T, typename decltype(tag)::Type, amx()>(args); });
 }
 
 template void attention_forward<float>(const AttentionForward<float>&);

@@ -1,12 +1,25 @@
 // The matrix products of attention for operands of float, double and pairs of bfloat16 numbers; see gemm.h.
 #pragma once
 
+#include "amx.h"
 #include "attention.h"
 
 namespace leedl {
 
 template <typename E>
 using SumOf = typename Operand<E>::Sum;
+
+// What the elements of packed operands are, for tensors of T, and whether they are multiplied on AMX: body(Tag<E>(),
+// std::bool_constant<kAmx>()).
+template <typename T, typename Body>
+void dispatch_products(const Body& body) {
+  dispatch_operand<T>([&](auto tag) {
+    if constexpr (!std::is_same_v<typename decltype(tag)::Type, Accumulate<T>>) {
+      if (multiplies_on_amx()) return body(tag, std::true_type());
+    }
+    body(tag, std::false_type());
+  });
+}
 
 // Rows of a strip's scores are 37 cache lines of floats apart: odd, so that they spread over the cache's sets.
 constexpr int64_t kScorePitch = 592;
