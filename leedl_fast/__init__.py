@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from leedl_fast.backends import use_backend
+    from leedl_fast.integrations import patch, unpatch, verify
     from leedl_fast.ops import diffusion
     from leedl_fast.ops.add_layer_norm import add_layer_norm
     from leedl_fast.ops.additive_attention import additive_attention
@@ -19,12 +20,18 @@ __all__ = [
     "attention",
     "diffusion",
     "linear_cross_entropy",
+    "patch",
     "scaled_dot_product_attention",
+    "unpatch",
     "use_backend",
+    "verify",
 ]
 
 # Imported on first use: PyTorch takes seconds, and `leedl-fast --help` needs none of it.
-_HOME = {name: "backends" if name == "use_backend" else "ops" for name in __all__}
+_HOME = dict.fromkeys(__all__, "ops") | {
+    "use_backend": "backends",
+    **dict.fromkeys(("patch", "unpatch", "verify"), "integrations"),
+}
 
 
 def __getattr__(name: str) -> Any:

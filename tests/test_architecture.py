@@ -19,11 +19,11 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "models": {"layers", "ops"},
     "training": {"models", "layers", "ops", "backends", "data", "files", "testing"},
-    "integrations": {"layers", "ops"},
+    "integrations": {"layers", "ops", "testing"},
     "doctor": {"backends", "config"},
     "tuning": {"files", "ops", "kernels"},
     "cli": {"tuning", "doctor", "training", "data", "benchmarks", "layers", "backends"},
-    "__init__": {"backends", "ops"},
+    "__init__": {"backends", "ops", "integrations"},
 }
 
 

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 from leedl_fast.ops.add_layer_norm import add_layer_norm
 
 
+def dropout_inside(dropout: nn.Module | None, x: Tensor) -> tuple[Tensor, float]:
+    """x and the probability that `add_layer_norm` is left to drop it with: that of an nn.Dropout,
+    and 0 after any other module has acted on x."""
+    if dropout is None:
+        return x, 0.0
+    if type(dropout) is nn.Dropout and dropout.p < 1:
+        return x, dropout.p if dropout.training else 0.0
+    return dropout(x), 0.0
+
+
 class AddLayerNorm(nn.Module):
     """`summed = x + residual`, `normed = norm(summed) * weight + bias`.
 
@@ -73,12 +83,8 @@ class AddLayerNorm(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, dropout: nn.Module | None = None
     ) -> tuple[Tensor, Tensor]:
-        dropout_p = 0.0
-        if residual is not None and type(dropout) is nn.Dropout and dropout.p < 1:
-            dropout_p = dropout.p if dropout.training else 0.0
-        elif dropout is not None:
-            x = dropout(x)
         if residual is not None:
+            x, dropout_p = dropout_inside(dropout, x)
             return add_layer_norm(
                 x,
                 residual,
@@ -88,6 +94,8 @@ class AddLayerNorm(nn.Module):
                 norm=self.norm,
                 dropout_p=dropout_p,
             )
+        if dropout is not None:
+            x = dropout(x)
         shape = (self.embed_dim,)
         if self.norm == "layer":
             return F.layer_norm(x, shape, self.weight, self.bias, self.eps), x
