@@ -3,39 +3,20 @@ own, which has an emulator where the processor has no AMX.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
-from libraries import emulated_counts, emulator, processor_has_amx
+from conformance import assert_conforms, multiplications
+from libraries import emulated_counts, processor_has_amx
 from torch import Tensor
 
 from leedl_fast import attention
-from leedl_fast.backends import cpu_modules
-from leedl_fast.testing.compare import (
-    allowed_error,
-    expected_outputs_and_gradients,
-    max_error,
-    outputs_and_gradients,
-    poisoned_outputs,
-)
+from leedl_fast.testing.compare import allowed_error, max_error
 from leedl_fast.testing.samples import ATTENTION, ATTENTION_EXTRAS, Case
 
-
-@pytest.fixture(autouse=True, scope="module")
-def module() -> Iterator[ModuleType]:
-    module = cpu_modules.modules()["avx512"]
-    if not processor_has_amx():
-        emulator()
-        module.use_amx(True)
-    with cpu_modules.use_isa("avx512"):
-        yield module
-
-
-def multiplications() -> int | None:
-    """How many the emulator has executed, or None where AMX is the processor's own."""
-    return None if processor_has_amx() else emulated_counts()["tdpbf16ps"]
+pytestmark = pytest.mark.usefixtures("module")
 
 
 def test_products_are_on_amx(module: ModuleType) -> None:
@@ -56,21 +37,7 @@ FEW = ("dropout-one-query", "few-queries-relu", "few-queries-everything")
 
 @pytest.mark.parametrize("case", [*ATTENTION, *ATTENTION_EXTRAS], ids=str)
 def test_conformance(case: Case) -> None:
-    expected = expected_outputs_and_gradients(case, torch.bfloat16)
-    plain = outputs_and_gradients(case, torch.bfloat16, "eager")
-    before = multiplications()
-    with poisoned_outputs():
-        actual = outputs_and_gradients(case, torch.bfloat16, "cpu")
-    if before is not None and case.name not in (*WITHOUT_TILES, *FEW):
-        assert multiplications() > before
-    errors = {
-        name: (
-            max_error(actual[name], expected[name]),
-            allowed_error(plain[name], expected[name], torch.bfloat16),
-        )
-        for name in expected
-    }
-    assert not {name: both for name, both in errors.items() if not both[0] <= both[1]}
+    assert_conforms(case, on_tiles=case.name not in (*WITHOUT_TILES, *FEW))
 
 
 def _qkv(*sizes: int, heads_k: int = 2) -> list[Tensor]:
