@@ -2,11 +2,11 @@
 // leedl_fast/reference/linear_cross_entropy.py.
 //
 // Rows whose target is ignored are left out first. The others come in chunks of kChunkRows, classes in blocks of
-// kBlockClasses. The logits are made transposed, class by class with the rows of a chunk side by side: so sums over
+// P::kBlockClasses. The logits are made transposed, class by class with the rows of a chunk side by side: so sums over
 // classes are sums of whole vectors, and the logits' gradient is the left operand of both products that follow, of
 // dweight as it lies (a row for each class) and of dhidden read column by column; it is packed only to be rounded: where
 // the processor multiplies pairs of bfloat16 numbers and the tensors hold such numbers, all operands are pairs, and the
-// logits' gradient is what plain PyTorch has too, bfloat16.
+// logits' gradient is what plain PyTorch has too, bfloat16. On AMX, which reads no columns, it is transposed for dhidden.
 //
 // A task is one slice of the classes for one group of chunks. Per chunk it makes its logits, replaces them by
 // exp(logit - maximum of the block) and keeps the sums; when all slices have, lse is known, and a factor per row and
@@ -32,19 +32,19 @@ namespace {
 
 constexpr int64_t kSerialProducts = 200000;  // smaller problems are done before a second thread has woken up
 
-template <typename X, typename E>
+template <typename X, typename P>
 class Run {
  public:
   using T = Accumulate<X>;
 
   explicit Run(const LinearCrossEntropy<X>& args)
-      : args_(args), plan_(args), losses_(plan_.kept.size()), tasks_(args, plan_, losses_.data()) {}
+      : args_(args), plan_(args, P::kBlockClasses), losses_(plan_.kept.size()), tasks_(args, plan_, losses_.data()) {}
 
   void run() {
     const bool parallel = plan_.rows() * args_.classes * args_.features >= kSerialProducts;
     const int threads = parallel ? std::max(args_.num_threads, 1) : 1;
     const int64_t chunks = plan_.slices == 1 ? threads : plan_.groups;
-    const int64_t chunk_bytes = ChunkMemory<E>(nullptr, plan_).bytes, scratch_bytes = Scratch<X, E>(nullptr, plan_).bytes;
+    const int64_t chunk_bytes = ChunkMemory<P>(nullptr, plan_).bytes, scratch_bytes = Scratch<X, P>(nullptr, plan_).bytes;
     const int64_t bytes = chunks * chunk_bytes + threads * scratch_bytes + partial_bytes();
     const Buffer<std::byte> memory = allocate<std::byte>(bytes);
     advise_huge_pages(memory.get(), bytes);
@@ -59,7 +59,8 @@ class Run {
 
 #pragma omp parallel num_threads(threads) if (parallel)
     {
-      const Scratch<X, E> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
+      const TileRegisters registers(P::kOnAmx);
+      const Scratch<X, P> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
       if (plan_.slices == 1) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t group = 0; group < plan_.groups; ++group) {
@@ -83,7 +84,7 @@ class Run {
   static constexpr int64_t kLaneGroups = kChunkRows / kLanes;  // of the rows of a chunk
 
   // A chunk whose classes are one slice.
-  void run_alone(const Work<E>& work, const Scratch<X, E>& scratch) {
+  void run_alone(const Work<P>& work, const Scratch<X, P>& scratch) {
     const int64_t rows = work.chunk.rows;
     for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.pack_hidden(work, lane, scratch);
     tasks_.make_logits(work, 0, scratch);
@@ -93,33 +94,33 @@ class Run {
   }
 
   // A chunk of each group, by all threads.
-  void run_together(int64_t step, const Scratch<X, E>& scratch) {
+  void run_together(int64_t step, const Scratch<X, P>& scratch) {
     const auto for_lanes = [&](int64_t i, const auto& body) {
-      const Work<E> work = this->work(step, i / kLaneGroups);
+      const Work<P> work = this->work(step, i / kLaneGroups);
       const int64_t lane = i % kLaneGroups * kLanes;
       if (lane < work.chunk.rows) body(work, lane);
     };
     const int64_t packs = plan_.groups * kLaneGroups, tasks = plan_.groups * plan_.slices;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.pack_hidden(work, lane, scratch); });
+      for_lanes(i, [&](const Work<P>& work, int64_t lane) { tasks_.pack_hidden(work, lane, scratch); });
     }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) tasks_.make_logits(work(step, i / plan_.slices), i % plan_.slices, scratch);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.make_losses(work, lane); });
+      for_lanes(i, [&](const Work<P>& work, int64_t lane) { tasks_.make_losses(work, lane); });
     }
     if (!plan_.gradients) return;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) tasks_.make_gradients(work(step, i / plan_.slices), i % plan_.slices, scratch);
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < packs; ++i) {
-      for_lanes(i, [&](const Work<E>& work, int64_t lane) { tasks_.add_slices(work, lane); });
+      for_lanes(i, [&](const Work<P>& work, int64_t lane) { tasks_.add_slices(work, lane); });
     }
   }
 
-  Work<E> work(int64_t step, int64_t group) const {
+  Work<P> work(int64_t step, int64_t group) const {
     return {plan_.chunk(step, group), step == 0, memories_[group], partials_[group]};
   }
 
@@ -181,8 +182,8 @@ class Run {
   const LinearCrossEntropy<X>& args_;
   const Plan plan_;
   std::vector<T> losses_;  // of the kept rows
-  LinearCrossEntropyTasks<X, E> tasks_;
-  std::vector<ChunkMemory<E>> memories_;
+  LinearCrossEntropyTasks<X, P> tasks_;
+  std::vector<ChunkMemory<P>> memories_;
   std::vector<Partial<T>> partials_;
 };
 
@@ -204,10 +205,13 @@ void linear_cross_entropy(const Tensor& loss, const Tensor& dhidden, const Tenso
         mean, label_smoothing, num_threads};
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<X, BFloat16>) {
-      if (can_multiply_pairs()) return Run<X, BFloat16Pair>(args).run();
+      if (can_multiply_pairs()) {
+        if (multiplies_on_amx()) return Run<X, AmxProducts>(args).run();
+        return Run<X, VectorProducts<BFloat16Pair>>(args).run();
+      }
     }
 #endif
-    Run<X, T>(args).run();
+    Run<X, VectorProducts<T>>(args).run();
   });
 }
 

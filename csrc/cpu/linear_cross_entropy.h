@@ -7,18 +7,13 @@
 #include <vector>
 
 #include "dtypes.h"
+#include "linear_cross_entropy_products.h"
 #include "memory.h"
 #include "packing.h"
 
 namespace leedl {
 
-constexpr int64_t kChunkRows = kTileRows == 14 ? 224 : 240;
-constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 96;
-constexpr int64_t kDepth = 256;
-constexpr int64_t kPitch = kDepth + 16;  // of packed weights: an odd number of cache lines, to spread over the sets
-constexpr int64_t kTasks = 24;           // many divisors: few numbers of threads leave one idle
-static_assert(kChunkRows % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0 && kChunkRows % 2 == 0);
-static_assert(kBlockClasses % kTileRows == 0);
+constexpr int64_t kTasks = 24;  // many divisors: few numbers of threads leave one idle
 
 // X is the dtype of hidden, weight and bias. Everything is computed in T, and so are the gradients kept.
 template <typename X>
@@ -42,21 +37,6 @@ struct LinearCrossEntropy {
   int num_threads;
 };
 
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-// Calls body(height) with the lowest tile of at least `rows` rows: rows that are missing cost as much as others.
-template <typename Body>
-inline void with_tile_height(int64_t rows, const Body& body) {
-  constexpr int64_t kQuarter = divide_up(kTileRows, 4);
-  if (rows <= kQuarter) {
-    body(std::integral_constant<int64_t, kQuarter>());
-  } else if (rows <= 2 * kQuarter) {
-    body(std::integral_constant<int64_t, 2 * kQuarter>());
-  } else {
-    body(std::integral_constant<int64_t, kTileRows>());
-  }
-}
-
 // The rows of a group's chunk: kept[first], kept[first + 1], ...
 struct Chunk {
   int64_t first, rows;
@@ -65,23 +45,24 @@ struct Chunk {
 // Depends on the sizes alone, not on the number of threads.
 struct Plan {
   bool gradients;
-  int64_t features, classes;
+  int64_t features, classes, block_classes;
   int64_t pitch;              // of features in whole vectors
   std::vector<int64_t> kept;  // the rows that are not ignored
   int64_t chunks, blocks, slices, groups;
   int64_t steps;  // chunks of a group, at most
 
   template <typename X>
-  explicit Plan(const LinearCrossEntropy<X>& args)
+  Plan(const LinearCrossEntropy<X>& args, int64_t block_classes)
       : gradients(args.dweight != nullptr),
         features(args.features),
         classes(args.classes),
+        block_classes(block_classes),
         pitch(round_up(features, Vec<Accumulate<X>>::kSize)) {
     for (int64_t row = 0; row < args.rows; ++row) {
       if (args.targets[row] != args.ignore_index) kept.push_back(row);
     }
     chunks = divide_up(rows(), kChunkRows);
-    blocks = divide_up(classes, kBlockClasses);
+    blocks = divide_up(classes, block_classes);
     slices = std::min(blocks, kTasks);
     groups = std::min(chunks, kTasks / slices);
     steps = groups > 0 ? divide_up(chunks, groups) : 0;
@@ -99,18 +80,21 @@ struct Plan {
   template <typename Body>
   void for_each_block(int64_t slice, const Body& body) const {
     for (int64_t block = slice * blocks / slices; block < (slice + 1) * blocks / slices; ++block) {
-      body(block * kBlockClasses, std::min(kBlockClasses, classes - block * kBlockClasses), block);
+      body(block * block_classes, std::min(block_classes, classes - block * block_classes), block);
     }
   }
 };
 
-// The memory of a chunk: of one group, or of one thread where a group is one task. E is what operands hold, T what is
-// summed; see Operand.
-template <typename E, typename T = typename Operand<E>::Sum>
+// The memory of a chunk: of one group, or of one thread where a group is one task. P makes the products: VectorProducts
+// or AmxProducts, whose depth() stands below.
+template <typename P>
 struct ChunkMemory {
+  using E = typename P::E;
+  using T = typename P::T;
+
   E* columns;        // hidden^T: [kChunkRows / W] panels of [depth(features)][W]
   E* panels;         // hidden: [pitch / W] panels of [depth(kChunkRows)][W]
-  T* logits;         // [blocks][kBlockClasses][kChunkRows], then exp(logit - maximum), then the gradient
+  T* logits;         // [blocks][block_classes][kChunkRows], then exp(logit - maximum), then the gradient
   T* maxima;         // [blocks][kChunkRows] largest logits, then what makes probabilities of the block
   T* sums;           // [blocks][kChunkRows] sums of exp(logit - maximum)
   T* logit_sums;     // [blocks][kChunkRows], with label smoothing alone
@@ -122,9 +106,9 @@ struct ChunkMemory {
   ChunkMemory(std::byte* base, const Plan& plan) {
     const int64_t statistics = plan.blocks * kChunkRows;
     ByteArena arena(base);
-    arena.take(columns, kChunkRows * depth_of<E>(plan.features));
-    arena.take(panels, plan.gradients ? depth_of<E>(kChunkRows) * plan.pitch : 0);
-    arena.take(logits, plan.gradients ? statistics * kBlockClasses : 0);
+    arena.take(columns, kChunkRows * P::depth(plan.features));
+    arena.take(panels, plan.gradients ? P::depth(kChunkRows) * plan.pitch : 0);
+    arena.take(logits, plan.gradients ? statistics * plan.block_classes : 0);
     arena.take(maxima, statistics);
     arena.take(sums, statistics);
     arena.take(logit_sums, statistics);
@@ -143,12 +127,12 @@ struct Partial {
 };
 
 // One chunk of one group.
-template <typename E, typename T = typename Operand<E>::Sum>
+template <typename P>
 struct Work {
   Chunk chunk;
   bool first;  // of the group's chunks
-  const ChunkMemory<E>& memory;
-  const Partial<T>& partial;
+  const ChunkMemory<P>& memory;
+  const Partial<typename P::T>& partial;
 };
 
 // The numbers that operands of type E are packed from, for tensors of X.
@@ -156,25 +140,28 @@ template <typename X, typename E>
 using PackedFrom = std::conditional_t<std::is_same_v<E, BFloat16Pair>, X, E>;
 
 // The memory of one thread.
-template <typename X, typename E, typename T = typename Operand<E>::Sum>
+template <typename X, typename P>
 struct Scratch {
+  using E = typename P::E;
+  using T = typename P::T;
+
   PackedFrom<X, E>* rows;  // [W][pitch] of hidden
-  E* strip;                // [kTileRows][kPitch] of weight
-  E* weights;              // [kDepth / W] panels of [depth(kBlockClasses)][W]
-  E* dlogits;              // [kBlockClasses][depth(kChunkRows)], where E is not T
-  E* dlogits_t;            // [depth(kBlockClasses)][kChunkRows], where E is not T
-  T* logits;               // [kBlockClasses][kChunkRows], where a group keeps none
+  E* strip;                // [kStripRows][kPitch] of weight
+  E* weights;              // [kDepth / W] panels of [depth(block_classes)][W]
+  E* dlogits;              // [block_classes][depth(kChunkRows)], where E is not T
+  E* dlogits_columns;      // P::Columns, where E is not T
+  T* logits;               // [block_classes][kChunkRows], where a group keeps none
   int64_t bytes;
 
   Scratch(std::byte* base, const Plan& plan) {
     ByteArena arena(base);
     arena.take(rows, Vec<T>::kSize * plan.pitch);
-    arena.take(strip, kTileRows * kPitch);
-    arena.take(weights, plan.gradients ? kDepth * depth_of<E>(kBlockClasses) : 0);
+    arena.take(strip, P::kStripRows * kPitch);
+    arena.take(weights, plan.gradients ? kDepth * P::depth(plan.block_classes) : 0);
     const bool rounds = plan.gradients && !std::is_same_v<E, T>;
-    arena.take(dlogits, rounds ? kBlockClasses * depth_of<E>(kChunkRows) : 0);
-    arena.take(dlogits_t, rounds ? depth_of<E>(kBlockClasses) * kChunkRows : 0);
-    arena.take(logits, plan.gradients ? 0 : kBlockClasses * kChunkRows);
+    arena.take(dlogits, rounds ? plan.block_classes * P::depth(kChunkRows) : 0);
+    arena.take(dlogits_columns, rounds ? P::depth(plan.block_classes) * kChunkRows : 0);
+    arena.take(logits, plan.gradients ? 0 : plan.block_classes * kChunkRows);
     bytes = arena.taken();
   }
 };

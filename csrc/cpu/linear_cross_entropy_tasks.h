@@ -14,11 +14,12 @@
 
 namespace leedl {
 
-// E is what the operands of the products hold: T, or pairs of numbers of X.
-template <typename X, typename E>
+// P makes the products; its operands hold T, or pairs of numbers of X.
+template <typename X, typename P>
 class LinearCrossEntropyTasks {
  public:
   using T = Accumulate<X>;
+  using E = typename P::E;
   static constexpr int64_t kLanes = Vec<T>::kSize;
 
   // losses: of plan.kept; make_losses fills them.
@@ -26,8 +27,8 @@ class LinearCrossEntropyTasks {
       : args_(args), plan_(plan), smoothing_(static_cast<T>(args.label_smoothing)), losses_(losses) {}
 
   // A lane group of rows of the hidden states, in both packings, and the gradient of each row's loss.
-  void pack_hidden(const Work<E>& work, int64_t begin, const Scratch<X, E>& scratch) {
-    const ChunkMemory<E>& memory = work.memory;
+  void pack_hidden(const Work<P>& work, int64_t begin, const Scratch<X, P>& scratch) {
+    const ChunkMemory<P>& memory = work.memory;
     const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
     std::fill_n(memory.dlosses + begin, kLanes, T(0));
     std::fill_n(memory.target_logits + begin, kLanes, std::numeric_limits<T>::quiet_NaN());
@@ -38,7 +39,7 @@ class LinearCrossEntropyTasks {
     }
     if constexpr (std::is_same_v<X, Rows>) {
       if (kept[rows - 1] == kept[0] + rows - 1) {
-        pack_lanes(memory, begin, args_.hidden + kept[0] * args_.hidden_stride, args_.hidden_stride, rows);
+        pack_lanes(work, begin, args_.hidden + kept[0] * args_.hidden_stride, args_.hidden_stride, rows);
         return;
       }
     }
@@ -51,12 +52,12 @@ class LinearCrossEntropyTasks {
         pack_panels(to, kLanes, row, 0, 1, args_.features);
       }
     }
-    pack_lanes(memory, begin, scratch.rows, plan_.pitch, rows);
+    pack_lanes(work, begin, scratch.rows, plan_.pitch, rows);
   }
 
   // The logits of a slice, replaced by exp(logit - maximum of the block), and the statistics of each block.
-  void make_logits(const Work<E>& work, int64_t slice, const Scratch<X, E>& scratch) {
-    const ChunkMemory<E>& memory = work.memory;
+  void make_logits(const Work<P>& work, int64_t slice, const Scratch<X, P>& scratch) {
+    const ChunkMemory<P>& memory = work.memory;
     const Chunk& chunk = work.chunk;
     if (chunk.rows == 0) return;
     const int64_t lane_groups = divide_up(chunk.rows, kLanes);
@@ -64,20 +65,18 @@ class LinearCrossEntropyTasks {
       T* const logits = plan_.gradients ? memory.logits + first_class * kChunkRows : scratch.logits;
       for (int64_t k = 0; k < args_.features; k += kDepth) {
         const int64_t depth = std::min(kDepth, args_.features - k);
-        for (int64_t strip = 0; strip < classes; strip += kTileRows) {
-          const int64_t first = first_class + strip, valid = std::min(kTileRows, classes - strip);
+        for (int64_t strip = 0; strip < classes; strip += P::kStripRows) {
+          const int64_t first = first_class + strip, valid = std::min(P::kStripRows, classes - strip);
           pack_weights(scratch.strip, args_.weight + first * args_.weight_stride + k, valid, depth);
-          T bias[kTileRows] = {};
+          T bias[P::kStripRows] = {};
           for (int64_t i = 0; i < valid && args_.bias != nullptr; ++i) bias[i] = load_number(args_.bias + first + i);
-          with_tile_height(valid, [&](auto height) {
-            tile_rows<height(), TileLayout<kPitch, 1>>(
-                depth_of<E>(depth), scratch.strip, memory.columns + depth_of<E>(k) * kLanes,
-                depth_of<E>(args_.features) * kLanes, lane_groups,
-                [&](int64_t row, int64_t lanes, V value) {
-                  T* const to = logits + (strip + row) * kChunkRows + lanes * kLanes;
-                  (value + (k == 0 ? V::broadcast(bias[row]) : V::load(to))).store(to);
-                });
-          });
+          P::template multiply<TileLayout<kPitch, 1>>(
+              valid, depth_of<E>(depth), scratch.strip, memory.columns + depth_of<E>(k) * kLanes,
+              P::depth(args_.features) * kLanes, lane_groups,
+              [to = logits + strip * kChunkRows, bias = &bias[0], k](int64_t row, int64_t lanes, V sums) {
+                T* const at = to + row * kChunkRows + lanes * kLanes;
+                (sums + (k == 0 ? V::broadcast(bias[row]) : V::load(at))).store(at);
+              });
         }
       }
       for_each_target(chunk, first_class, classes, [&](int64_t row, int64_t target) {
@@ -90,8 +89,8 @@ class LinearCrossEntropyTasks {
   }
 
   // The losses of a lane group of rows; the maxima become what makes probabilities times dloss of each block.
-  void make_losses(const Work<E>& work, int64_t begin) {
-    const ChunkMemory<E>& memory = work.memory;
+  void make_losses(const Work<P>& work, int64_t begin) {
+    const ChunkMemory<P>& memory = work.memory;
     const int64_t rows = std::min(work.chunk.rows - begin, kLanes);
     V largest = V::broadcast(std::numeric_limits<T>::lowest()), sum = V::zero(), logit_sum = V::zero();
     for (int64_t at = begin; at < plan_.blocks * kChunkRows; at += kChunkRows) {
@@ -122,8 +121,8 @@ class LinearCrossEntropyTasks {
   }
 
   // The gradient of a slice's logits, and what it adds to dweight, dbias and the slice's dhidden.
-  void make_gradients(const Work<E>& work, int64_t slice, const Scratch<X, E>& scratch) {
-    const ChunkMemory<E>& memory = work.memory;
+  void make_gradients(const Work<P>& work, int64_t slice, const Scratch<X, P>& scratch) {
+    const ChunkMemory<P>& memory = work.memory;
     const Chunk& chunk = work.chunk;
     if (chunk.rows == 0) return;
     T* const dhidden = plan_.slices > 1 ? memory.dhidden + slice * kChunkRows * plan_.pitch : nullptr;
@@ -149,16 +148,17 @@ class LinearCrossEntropyTasks {
           *to = work.first ? sum : *to + sum;
         }
       }
-      const auto [rows, rows_t] = operands(dlogits, classes, chunk.rows, scratch);
+      const auto [rows, columns_of_rows] = operands(dlogits, classes, chunk.rows, scratch);
       for (int64_t column = 0; column < args_.features; column += kDepth) {
         const int64_t columns = std::min(kDepth, args_.features - column);
         add_to_dweight(work, rows, first_class, classes, column, columns);
-        pack_panels(scratch.weights, depth_of<E>(kBlockClasses) * kLanes,
-                    args_.weight + first_class * args_.weight_stride + column, args_.weight_stride, classes, columns);
+        pack_panels(scratch.weights, kWeightsStride, args_.weight + first_class * args_.weight_stride + column,
+                    args_.weight_stride, classes, columns);
+        fill_depth(scratch.weights, kWeightsStride, classes, columns);
         if (plan_.slices > 1) {
-          add_to_dhidden(dhidden + column, rows_t, scratch.weights, classes, chunk.rows, columns, first_block);
+          add_to_dhidden(dhidden + column, columns_of_rows, scratch.weights, classes, chunk.rows, columns, first_block);
         } else {
-          write_dhidden(chunk, rows_t, scratch.weights, classes, column, columns);
+          write_dhidden(chunk, columns_of_rows, scratch.weights, classes, column, columns);
         }
       }
       first_block = false;
@@ -166,7 +166,7 @@ class LinearCrossEntropyTasks {
   }
 
   // dhidden of a lane group of rows: the sum over the slices, of which there are several.
-  void add_slices(const Work<E>& work, int64_t begin) {
+  void add_slices(const Work<P>& work, int64_t begin) {
     for (int64_t row = begin; row < std::min(work.chunk.rows, begin + kLanes); ++row) {
       const T* const from = work.memory.dhidden + row * plan_.pitch;
       T* const to = args_.dhidden + plan_.kept[work.chunk.first + row] * args_.features;
@@ -184,45 +184,54 @@ class LinearCrossEntropyTasks {
   using V = Vec<T>;
   using Rows = PackedFrom<X, E>;
 
-  void pack_lanes(const ChunkMemory<E>& memory, int64_t begin, const Rows* from, int64_t stride, int64_t rows) const {
-    pack_transposed(memory.columns + begin * depth_of<E>(args_.features), from, stride, rows, args_.features);
-    if (plan_.gradients) {
-      pack_panels(memory.panels + depth_of<E>(begin) * kLanes, depth_of<E>(kChunkRows) * kLanes, from, stride, rows,
-                  args_.features);
+  static constexpr int64_t kHiddenStride = P::depth(kChunkRows) * kLanes;  // of panels along the rows of a chunk
+  static constexpr int64_t kWeightsStride = P::depth(P::kBlockClasses) * kLanes;
+
+  void pack_lanes(const Work<P>& work, int64_t begin, const Rows* from, int64_t stride, int64_t rows) const {
+    const ChunkMemory<P>& memory = work.memory;
+    E* const columns = memory.columns + begin * P::depth(args_.features);
+    if constexpr (std::is_same_v<E, T>) {
+      pack_transposed(columns, from, stride, rows, args_.features);
+    } else {
+      pack_transposed(columns, from, stride, rows, args_.features, P::depth(args_.features));
+    }
+    if (!plan_.gradients) return;
+    pack_panels(memory.panels + depth_of<E>(begin) * kLanes, kHiddenStride, from, stride, rows, args_.features);
+    if (begin + rows == work.chunk.rows) fill_depth(memory.panels, kHiddenStride, begin + rows, args_.features);
+  }
+
+  // Zeros behind the first `count` numbers along the depth of the panels that hold `columns` columns.
+  static void fill_depth(E* panels, int64_t stride, int64_t count, int64_t columns) {
+    const int64_t first = depth_of<E>(count), last = P::depth(count);
+    if (first == last) return;
+    for (int64_t column = 0; column < columns; column += kLanes, panels += stride) {
+      std::fill(panels + first * kLanes, panels + last * kLanes, E{});
     }
   }
 
   // `rows` rows of weight as they lie, the others zeros.
   void pack_weights(E* strip, const X* from, int64_t rows, int64_t depth) const {
     if constexpr (std::is_same_v<E, T>) {
-      pack_rows<kTileRows, kPitch>(strip, from, args_.weight_stride, rows, depth, T(1));
+      pack_rows<P::kStripRows, kPitch>(strip, from, args_.weight_stride, rows, depth, T(1));
     } else {
-      for (int64_t row = 0; row < kTileRows; ++row, strip += kPitch, from += args_.weight_stride) {
+      for (int64_t row = 0; row < P::kStripRows; ++row, strip += kPitch, from += args_.weight_stride) {
         X* const to = reinterpret_cast<X*>(strip);
         const int64_t count = row < rows ? depth : 0;
         std::copy_n(from, count, to);
-        std::fill(to + count, to + round_up(depth, Operand<E>::kDepth), X{});
+        std::fill(to + count, to + P::depth(depth) * Operand<E>::kDepth, X{});
       }
     }
   }
 
   // The gradient of a block's logits as the left operand of both products: of dweight, with rows of the chunk side by
-  // side, and of dhidden, with classes side by side.
+  // side, and of dhidden, as P::Columns.
   std::pair<const E*, const E*> operands(const T* dlogits, int64_t classes, int64_t rows,
-                                         const Scratch<X, E>& scratch) const {
+                                         const Scratch<X, P>& scratch) const {
     if constexpr (std::is_same_v<E, T>) {
       return {dlogits, dlogits};
     } else {
-      static constexpr T kZeros[kChunkRows] = {};
-      const int64_t columns = round_up(rows, kLanes);
-      for (int64_t i = 0; i < classes; ++i) {
-        pack_row(scratch.dlogits + i * depth_of<E>(kChunkRows), dlogits + i * kChunkRows, columns);
-      }
-      for (int64_t i = 0; i < classes; i += 2) {
-        const T* const second = i + 1 < classes ? dlogits + (i + 1) * kChunkRows : kZeros;
-        pack_columns(scratch.dlogits_t + i / 2 * kChunkRows, dlogits + i * kChunkRows, second, columns);
-      }
-      return {scratch.dlogits, scratch.dlogits_t};
+      P::round(scratch.dlogits, scratch.dlogits_columns, dlogits, classes, round_up(rows, kLanes));
+      return {scratch.dlogits, scratch.dlogits_columns};
     }
   }
 
@@ -235,7 +244,7 @@ class LinearCrossEntropyTasks {
     }
   }
 
-  void block_statistics(const ChunkMemory<E>& memory, T* logits, int64_t classes, int64_t at) const {
+  void block_statistics(const ChunkMemory<P>& memory, T* logits, int64_t classes, int64_t at) const {
     // Not from -inf: where all logits are -inf they would be subtracted from themselves.
     V largest = V::broadcast(std::numeric_limits<T>::lowest());
     for (int64_t i = 0; i < classes; ++i) largest = max(V::load(logits + i * kChunkRows), largest);
@@ -263,61 +272,46 @@ class LinearCrossEntropyTasks {
     return reduce_add(sum);
   }
 
-  void add_to_dweight(const Work<E>& work, const E* dlogits, int64_t first_class, int64_t classes, int64_t column,
+  void add_to_dweight(const Work<P>& work, const E* dlogits, int64_t first_class, int64_t classes, int64_t column,
                       int64_t columns) const {
-    constexpr int64_t kRowsDepth = depth_of<E>(kChunkRows);
-    for (int64_t strip = 0; strip < classes; strip += kTileRows) {
-      const int64_t valid = std::min(kTileRows, classes - strip);
-      T* const out = work.partial.dweight + (first_class + strip) * args_.features + column;
-      with_tile_height(valid, [&](auto height) {
-        tile_rows<height(), TileLayout<kRowsDepth, 1>>(
-            depth_of<E>(work.chunk.rows), dlogits + strip * kRowsDepth, work.memory.panels + column * kRowsDepth,
-            kRowsDepth * kLanes, divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
-              if (row >= valid) return;
-              T* const to = out + row * args_.features + panel * kLanes;
-              const int64_t width = columns - panel * kLanes;
-              if (width >= kLanes) {
-                (work.first ? value : V::load(to) + value).store(to);
-              } else {
-                (work.first ? value : V::load_first(to, width) + value).store_first(to, width);
-              }
-            });
-      });
-    }
+    P::template multiply<TileLayout<depth_of<E>(kChunkRows), 1>>(
+        classes, depth_of<E>(work.chunk.rows), dlogits, work.memory.panels + column / kLanes * kHiddenStride,
+        kHiddenStride, divide_up(columns, kLanes),
+        [out = work.partial.dweight + first_class * args_.features + column, features = args_.features, classes, columns,
+         first = work.first](int64_t row, int64_t panel, V sums) {
+          if (row >= classes) return;
+          T* const to = out + row * features + panel * kLanes;
+          const int64_t width = columns - panel * kLanes;
+          if (width >= kLanes) {
+            (first ? sums : V::load(to) + sums).store(to);
+          } else {
+            (first ? sums : V::load_first(to, width) + sums).store_first(to, width);
+          }
+        });
   }
 
   void add_to_dhidden(T* dhidden, const E* dlogits, const E* weights, int64_t classes, int64_t rows, int64_t columns,
                       bool first) const {
-    for (int64_t strip = 0; strip < rows; strip += kTileRows) {
-      T* const out = dhidden + strip * plan_.pitch;
-      with_tile_height(rows - strip, [&](auto height) {
-        tile_rows<height(), TileLayout<1, kChunkRows>>(
-            depth_of<E>(classes), dlogits + strip, weights, depth_of<E>(kBlockClasses) * kLanes,
-            divide_up(columns, kLanes),
-            [&](int64_t row, int64_t panel, V value) {
-              T* const to = out + row * plan_.pitch + panel * kLanes;
-              (first ? value : V::load(to) + value).store(to);
-            });
-      });
-    }
+    P::template multiply<typename P::Columns>(
+        rows, depth_of<E>(classes), dlogits, weights, kWeightsStride, divide_up(columns, kLanes),
+        [dhidden, pitch = plan_.pitch, first](int64_t row, int64_t panel, V sums) {
+          T* const to = dhidden + row * pitch + panel * kLanes;
+          (first ? sums : V::load(to) + sums).store(to);
+        });
   }
 
   // The same where one block holds all classes: dhidden is written at once.
   void write_dhidden(const Chunk& chunk, const E* dlogits, const E* weights, int64_t classes, int64_t column,
                      int64_t columns) const {
-    const int64_t* const kept = plan_.kept.data() + chunk.first;
-    for (int64_t strip = 0; strip < chunk.rows; strip += kTileRows) {
-      with_tile_height(chunk.rows - strip, [&](auto height) {
-        tile_rows<height(), TileLayout<1, kChunkRows>>(
-            depth_of<E>(classes), dlogits + strip, weights, depth_of<E>(kBlockClasses) * kLanes,
-            divide_up(columns, kLanes), [&](int64_t row, int64_t panel, V value) {
-              if (strip + row >= chunk.rows) return;
-              T* const to = args_.dhidden + kept[strip + row] * args_.features + column + panel * kLanes;
-              const int64_t width = columns - panel * kLanes;
-              width >= kLanes ? value.store(to) : value.store_first(to, width);
-            });
-      });
-    }
+    P::template multiply<typename P::Columns>(
+        chunk.rows, depth_of<E>(classes), dlogits, weights, kWeightsStride, divide_up(columns, kLanes),
+        [out = args_.dhidden + column, kept = plan_.kept.data() + chunk.first, features = args_.features,
+         rows = chunk.rows, columns](int64_t row, int64_t panel, V sums) {
+          if (row >= rows) return;
+          T* const to = out + kept[row] * features + panel * kLanes;
+          const int64_t width = columns - panel * kLanes;
+          width >= kLanes ? sums.store(to) : sums.store_first(to, width);
+        });
   }
 
   static T load_number(const X* p) {

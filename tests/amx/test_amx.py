@@ -39,10 +39,11 @@ def test_instructions() -> None:
 
 
 @pytest.mark.timeout(900)
-def test_attention() -> None:
+@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy"])
+def test_op(op: str) -> None:
     module = cpu_modules.modules().get("avx512")
     if module is None:
         pytest.skip(cpu_modules.reasons()["avx512"])
     if module.bfloat16_products() == "float32":
         pytest.skip("this processor has no AVX512-BF16, which every processor with AMX has")
-    run_file("emulated_attention.py")
+    run_file(f"emulated_{op}.py")
