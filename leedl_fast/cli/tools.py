@@ -25,7 +25,8 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes: about 5 minutes.")] = False,
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("bench-report"),
     op: Annotated[
-        list[str] | None, typer.Option(help="Only this op, gpt or patch; may be given several times.")
+        list[str] | None,
+        typer.Option(help="Only this op, gpt or patch; may be given several times."),
     ] = None,
     backend: Annotated[str, typer.Option(help="The backend beside PyTorch's own.")] = "cpu",
     save_results: Annotated[
