@@ -4,26 +4,43 @@
 // A task owns one split of the keys of one key head: it reads the split's keys and values once and leaves a maximum, a
 // sum and an output per row. Splits are combined in their order ("split-KV", Dao et al. 2023, Flash-Decoding). Where
 // they lie depends on nothing but the position of a key.
-#include "attention_decode_products.h"
+#include "attention_decode_pairs.h"
 #include "attention_output.h"
 
 namespace leedl {
 namespace {
 
-// The memory of one thread. What holds operands has room for the widest of them.
-template <typename A>
+// The products that were chosen for the rows and their operands: what calls them is compiled once.
+template <typename T>
+struct ProductTable {
+  using A = Accumulate<T>;
+
+  template <typename P>
+  static ProductTable of() {
+    return {P::kRows, P::kAmx, [](const AttentionSizes& s) { return typename P::Memory(nullptr, s).bytes; },
+            P::pack_query, P::multiply, P::add};
+  }
+
+  int64_t rows;
+  bool amx;
+  int64_t (*memory_bytes)(const AttentionSizes&);
+  void (*pack_query)(std::byte*, const AttentionSizes&, const T*, A, int64_t);
+  void (*multiply)(std::byte*, const AttentionSizes&, int64_t, const T*, int64_t, int64_t, A*);
+  void (*add)(std::byte*, const AttentionSizes&, A*, const T*, int64_t, int64_t, A*, int64_t);
+};
+
+// The memory of one thread.
+template <typename T>
 struct Scratch {
-  std::byte* queries;  // [kTileRows][kHeadPitch]
-  std::byte* keys;     // [kPackedKeys / W] panels of [depth(head_dim)][W]
-  A* scores;           // [kTileRows][kSplitPitch]
-  A* factors;          // of dropout [kSplitPitch]
+  std::byte* operands;    // of the products
+  Accumulate<T>* scores;  // [products.rows][kSplitPitch]
+  Accumulate<T>* factors;  // of dropout [kSplitPitch]
   int64_t bytes;
 
-  Scratch(std::byte* base, const AttentionSizes& s) {
+  Scratch(std::byte* base, const AttentionSizes& s, const ProductTable<T>& products) {
     ByteArena arena(base);
-    arena.take(queries, kTileRows * kHeadPitch * static_cast<int64_t>(sizeof(A)));
-    arena.take(keys, kPackedKeys * s.head_dim * static_cast<int64_t>(sizeof(A)));
-    arena.take(scores, kTileRows * kSplitPitch);
+    arena.take(operands, products.memory_bytes(s));
+    arena.take(scores, products.rows * kSplitPitch);
     arena.take(factors, kSplitPitch);
     bytes = arena.taken();
   }
@@ -82,24 +99,28 @@ class DecodeTask {
 
   DecodeTask(const AttentionForward<T>& args, const Scores<T>& scores, const ProductTable<T>& products,
              std::byte* memory)
-      : args_(args), sizes_(args.options.sizes), scores_(scores), products_(products), scratch_(memory, sizes_) {}
+      : args_(args),
+        sizes_(args.options.sizes),
+        scores_(scores),
+        products_(products),
+        scratch_(memory, sizes_, products) {}
 
   // The keys [begin, end) of one split; parts: of the split's rows.
   void run(const Sample& sample, int64_t head_k, int64_t begin, int64_t end, const Part<A>& part, int64_t pitch) {
     const int64_t seqlen_q = sizes_.seqlen_q, rows = sizes_.group() * seqlen_q, first_head = head_k * sizes_.group();
     for (int64_t row = 0; row < products_.rows; ++row) {
       const T* query = row < rows ? args_.q.query(sample, first_head + row / seqlen_q, row % seqlen_q) : nullptr;
-      products_.pack_query(query, sizes_.head_dim, scores_.scale().sign, row, scratch_.queries);
+      products_.pack_query(scratch_.operands, sizes_, query, scores_.scale().sign, row);
     }
     const int64_t origin = round_down(begin, Vec<A>::kSize);
-    products_.multiply(scratch_.queries, score_runs(seqlen_q), args_.k.key(sample, head_k, origin), args_.k.seq_stride,
-                       end - origin, sizes_.head_dim, scratch_.keys, scratch_.scores);
+    products_.multiply(scratch_.operands, sizes_, score_runs(seqlen_q), args_.k.key(sample, head_k, origin),
+                       args_.k.seq_stride, end - origin, scratch_.scores);
     for (int64_t row = 0; row < rows; ++row) {
       make_probabilities(scores_, sample, first_head + row / seqlen_q, row % seqlen_q, origin, begin, end,
                          scratch_.scores + row * kSplitPitch, scratch_.factors, part.row_max[row], part.row_sum[row]);
     }
-    products_.add(scratch_.scores + begin - origin, args_.v.key(sample, head_k, begin), args_.v.seq_stride, end - begin,
-                  sizes_.head_dim_v, part.out, pitch);
+    products_.add(scratch_.operands, sizes_, scratch_.scores + begin - origin, args_.v.key(sample, head_k, begin),
+                  args_.v.seq_stride, end - begin, part.out, pitch);
   }
 
  private:
@@ -107,7 +128,7 @@ class DecodeTask {
   const AttentionSizes& sizes_;
   const Scores<T>& scores_;
   const ProductTable<T>& products_;
-  Scratch<A> scratch_;
+  Scratch<T> scratch_;
 };
 
 // out of one row from the parts of its splits, in their order.
@@ -168,11 +189,12 @@ void decode(const AttentionForward<T>& args, const ProductTable<T>& products) {
   }
   const int64_t most = std::max<int64_t>(tasks, 1);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), most));
-  const int64_t scratch_bytes = Scratch<A>(nullptr, s).bytes;
+  const int64_t scratch_bytes = Scratch<T>(nullptr, s, products).bytes;
   const Buffer<std::byte> scratch = allocate<std::byte>(threads * scratch_bytes);
 
 #pragma omp parallel num_threads(threads)
   {
+    const TileRegisters registers(products.amx);
     DecodeTask<T> task(args, scores, products, scratch.get() + omp_get_thread_num() * scratch_bytes);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < tasks; ++index) {
@@ -198,6 +220,17 @@ void decode(const AttentionForward<T>& args, const ProductTable<T>& products) {
   }
 }
 
+template <typename T, typename E, int64_t kRows>
+ProductTable<T> products_of() {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<E, BFloat16Pair> && kRows > kDirectRows) {
+    if (multiplies_on_amx()) return ProductTable<T>::template of<PairProducts<kTileSize, true>>();
+    return ProductTable<T>::template of<PairProducts<kRows, false>>();
+  } else
+#endif
+    return ProductTable<T>::template of<Products<T, E, kRows>>();
+}
+
 }  // namespace
 
 bool attention_decodes(const AttentionOptions& options) {
@@ -211,12 +244,11 @@ void attention_decode(const AttentionForward<T>& args) {
   if (rows == 0 || args.options.sizes.batch == 0) return;
   dispatch_operand<T>([&](auto tag) {
     using E = typename decltype(tag)::Type;
-    using Table = ProductTable<T>;
-    if (rows == 1) return decode(args, Table::template of<E, 1>());
-    if (rows == 2) return decode(args, Table::template of<E, 2>());
-    if (rows <= 4) return decode(args, Table::template of<E, 4>());
-    if (rows <= 8 && kTileRows > 8) return decode(args, Table::template of<E, 8>());
-    decode(args, Table::template of<E, kTileRows>());
+    if (rows == 1) return decode(args, products_of<T, E, 1>());
+    if (rows == 2) return decode(args, products_of<T, E, 2>());
+    if (rows <= 4) return decode(args, products_of<T, E, 4>());
+    if (rows <= 8 && kTileRows > 8) return decode(args, products_of<T, E, 8>());
+    decode(args, products_of<T, E, kTileRows>());
   });
 }
 

@@ -148,30 +148,49 @@ void add_values(const ValueStreams<T>& values, int64_t begin, int64_t end, const
   }
 }
 
-// The products of kRows rows, whose operands are of type E.
-template <typename T, typename E, int64_t kRows>
+// The memory of one thread.
+template <typename E>
+struct VectorMemory {
+  E* queries;  // [kTileRows][kHeadPitch]
+  E* keys;     // [kPackedKeys / W] panels of [depth(head_dim)][W]
+  int64_t bytes;
+
+  VectorMemory(std::byte* base, const AttentionSizes& s) {
+    ByteArena arena(base);
+    arena.take(queries, kTileRows * kHeadPitch);
+    arena.take(keys, kPackedKeys * depth_of<E>(s.head_dim));
+    bytes = arena.taken();
+  }
+};
+
+// The products of up to kRows_ rows, whose operands are of type E.
+template <typename T, typename E, int64_t kRows_>
 struct Products {
   using A = Accumulate<T>;
+  using Memory = VectorMemory<E>;
+  static constexpr int64_t kRows = kRows_;
+  static constexpr bool kAmx = false;
   static constexpr int64_t kLanes = Vec<A>::kSize;
 
-  static void pack_query(const T* query, int64_t head_dim, A sign, int64_t row, std::byte* queries) {
-    E* to = reinterpret_cast<E*>(queries) + row * kHeadPitch;
-    std::fill_n(to, round_up(depth_of<E>(head_dim), kLanes), E{});  // multiply_keys reads whole vectors
-    pack_rows<1, kHeadPitch>(to, query, 0, query != nullptr, head_dim, sign);
+  static void pack_query(std::byte* base, const AttentionSizes& s, const T* query, A sign, int64_t row) {
+    E* to = Memory(base, s).queries + row * kHeadPitch;
+    std::fill_n(to, round_up(depth_of<E>(s.head_dim), kLanes), E{});  // multiply_keys reads whole vectors
+    pack_rows<1, kHeadPitch>(to, query, 0, query != nullptr, s.head_dim, sign);
   }
 
   // scores[row][key] = q[row] . keys[key], the products of each summed in `runs` runs where keys are transposed.
-  static void multiply(const std::byte* queries, int64_t runs, const T* keys, int64_t stride, int64_t count,
-                       int64_t head_dim, std::byte* packed, A* scores) {
-    const E* q = reinterpret_cast<const E*>(queries);
+  static void multiply(std::byte* base, const AttentionSizes& s, int64_t runs, const T* keys, int64_t stride,
+                       int64_t count, A* scores) {
+    const Memory memory(base, s);
+    const E* q = memory.queries;
     if constexpr (kRows <= kDirectRows) {
-      multiply_keys<E, kRows>(q, keys, stride, count, head_dim, scores);
+      multiply_keys<E, kRows>(q, keys, stride, count, s.head_dim, scores);
     } else {
-      E* panels = reinterpret_cast<E*>(packed);
-      const int64_t depth = depth_of<E>(head_dim), run = (depth + runs - 1) / runs;
+      E* panels = memory.keys;
+      const int64_t depth = depth_of<E>(s.head_dim), run = (depth + runs - 1) / runs;
       for (int64_t key = 0; key < count; key += kPackedKeys) {
         const int64_t part = std::min(kPackedKeys, count - key);
-        pack_transposed(panels, keys + key * stride, stride, part, head_dim);
+        pack_transposed(panels, keys + key * stride, stride, part, s.head_dim);
         for (int64_t k = 0; k < depth; k += run) {
           tile_rows<kRows, TileLayout<kHeadPitch, 1>, tile_vecs(kRows)>(
               std::min(run, depth - k), q + k, panels + k * kLanes, depth * kLanes, (part + kLanes - 1) / kLanes,
@@ -185,7 +204,9 @@ struct Products {
   }
 
   // out[row] = p[row] . values; p has room for kStreams more keys.
-  static void add(A* p, const T* values, int64_t stride, int64_t count, int64_t head_dim, A* out, int64_t pitch) {
+  static void add(std::byte*, const AttentionSizes& s, A* p, const T* values, int64_t stride, int64_t count, A* out,
+                  int64_t pitch) {
+    const int64_t head_dim = s.head_dim_v;
     constexpr int64_t kVecs = tile_vecs(kRows);
     const int64_t part = (count + kStreams - 1) / kStreams;
     const ValueStreams<T> streams = {values, values + (count - 1) * stride, stride, part};
@@ -213,23 +234,6 @@ struct Products {
       }
     }
   }
-};
-
-// The Products of the rows and the operands that were chosen: what calls them is compiled once.
-template <typename T>
-struct ProductTable {
-  using A = Accumulate<T>;
-
-  template <typename E, int64_t kRows>
-  static ProductTable of() {
-    using P = Products<T, E, kRows>;
-    return {kRows, P::pack_query, P::multiply, P::add};
-  }
-
-  int64_t rows;
-  void (*pack_query)(const T*, int64_t, A, int64_t, std::byte*);
-  void (*multiply)(const std::byte*, int64_t, const T*, int64_t, int64_t, int64_t, std::byte*, A*);
-  void (*add)(A*, const T*, int64_t, int64_t, int64_t, A*, int64_t);
 };
 
 }  // namespace leedl

@@ -20,19 +20,20 @@ inline void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high, std::index
 }
 
 // Transposes W rows of W lanes. Each round interleaves the upper half of the rows with the lower half, which rotates
-// the bits of an element's (row, lane) number by one; log2(W) rounds exchange row and lane.
-template <typename T>
+// the bits of an element's (row, lane) number by one; log2(W) rounds exchange row and lane. W / 2 vectors that hold W
+// rows of W / 2 elements, two in each, become W / 2 rows of W lanes by as many rounds.
+template <typename T, int64_t kVecs = Vec<T>::kSize>
 inline __attribute__((always_inline)) void transpose(Vec<T>* rows) {
   constexpr int64_t kLanes = Vec<T>::kSize;
 #pragma GCC unroll 4
   for (int64_t round = 1; round < kLanes; round *= 2) {
-    Vec<T> mixed[kLanes];
+    Vec<T> mixed[kVecs];
 #pragma GCC unroll 8
-    for (int64_t i = 0; i < kLanes / 2; ++i) {
-      interleave(rows[i], rows[i + kLanes / 2], mixed[2 * i], mixed[2 * i + 1], std::make_index_sequence<kLanes>());
+    for (int64_t i = 0; i < kVecs / 2; ++i) {
+      interleave(rows[i], rows[i + kVecs / 2], mixed[2 * i], mixed[2 * i + 1], std::make_index_sequence<kLanes>());
     }
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) rows[i] = mixed[i];
+    for (int64_t i = 0; i < kVecs; ++i) rows[i] = mixed[i];
   }
 }
 

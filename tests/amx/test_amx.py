@@ -39,7 +39,7 @@ def test_instructions() -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("op", ["attention", "linear_cross_entropy"])
+@pytest.mark.parametrize("op", ["attention", "decode", "linear_cross_entropy"])
 def test_op(op: str) -> None:
     module = cpu_modules.modules().get("avx512")
     if module is None:

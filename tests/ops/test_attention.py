@@ -291,7 +291,7 @@ def test_gradients_where_a_task_owns_many_keys(isa: str, options: dict) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("seqlen_q", [1, 4, 40])
 def test_keys_beyond_key_lengths_may_hold_nan(seqlen_q: int, dtype: torch.dtype) -> None:
     q = torch.randn(2, 4, seqlen_q, 32).to(dtype)
     k, v = (torch.randn(2, 2, 301, 32).to(dtype) for _ in range(2))
