@@ -12,7 +12,8 @@
 // exp(logit - maximum of the block) and keeps the sums; when all slices have, lse is known, and a factor per row and
 // block makes probabilities out of them. It then adds to its own rows of dweight, and to a dhidden of its own; these are
 // added up slice by slice, and the groups' dweight group by group. Few classes make few slices, then several groups work
-// at once. How many of both depends on the sizes alone, so threads change no result.
+// at once. How many of both depends on the sizes alone, so threads change no result, but only who does what: one thread
+// all slices of a group where the groups are enough for the threads, else all threads the slices of all groups.
 //
 // Bytes, for float and 256 features: a block of logits 98 K, the packed hidden rows 224 K for each product, the packed
 // weights 112 K, the partial dhidden 224 K: each product has its operands in a second-level cache of 1 M. More features
@@ -31,6 +32,7 @@ namespace leedl {
 namespace {
 
 constexpr int64_t kSerialProducts = 200000;  // smaller problems are done before a second thread has woken up
+constexpr int64_t kGroupsPerThread = 4;      // are enough for threads to take whole groups
 
 template <typename X, typename P>
 class Run {
@@ -43,7 +45,9 @@ class Run {
   void run() {
     const bool parallel = plan_.rows() * args_.classes * args_.features >= kSerialProducts;
     const int threads = parallel ? std::max(args_.num_threads, 1) : 1;
-    const int64_t chunks = plan_.slices == 1 ? threads : plan_.groups;
+    const bool alone =
+        plan_.slices == 1 || plan_.groups % threads == 0 || plan_.groups >= kGroupsPerThread * threads;
+    const int64_t chunks = alone ? threads : plan_.groups;
     const int64_t chunk_bytes = ChunkMemory<P>(nullptr, plan_).bytes, scratch_bytes = Scratch<X, P>(nullptr, plan_).bytes;
     const int64_t bytes = chunks * chunk_bytes + threads * scratch_bytes + partial_bytes();
     const Buffer<std::byte> memory = allocate<std::byte>(bytes);
@@ -61,7 +65,7 @@ class Run {
     {
       const TileRegisters registers(P::kOnAmx);
       const Scratch<X, P> scratch(scratches + omp_get_thread_num() * scratch_bytes, plan_);
-      if (plan_.slices == 1) {
+      if (alone) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t group = 0; group < plan_.groups; ++group) {
           for (int64_t step = 0; step < plan_.steps; ++step) {
@@ -83,14 +87,16 @@ class Run {
   static constexpr int64_t kLanes = Vec<T>::kSize;
   static constexpr int64_t kLaneGroups = kChunkRows / kLanes;  // of the rows of a chunk
 
-  // A chunk whose classes are one slice.
+  // A chunk by one thread, which finds all of it in its own cache.
   void run_alone(const Work<P>& work, const Scratch<X, P>& scratch) {
     const int64_t rows = work.chunk.rows;
     for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.pack_hidden(work, lane, scratch);
-    tasks_.make_logits(work, 0, scratch);
+    for (int64_t slice = 0; slice < plan_.slices; ++slice) tasks_.make_logits(work, slice, scratch);
     for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.make_losses(work, lane);
     if (!plan_.gradients) return;
-    tasks_.make_gradients(work, 0, scratch);
+    for (int64_t slice = 0; slice < plan_.slices; ++slice) tasks_.make_gradients(work, slice, scratch);
+    if (plan_.slices == 1) return;
+    for (int64_t lane = 0; lane < rows; lane += kLanes) tasks_.add_slices(work, lane);
   }
 
   // A chunk of each group, by all threads.
