@@ -9,7 +9,6 @@
 #include "dtypes.h"
 #include "linear_cross_entropy_products.h"
 #include "memory.h"
-#include "packing.h"
 
 namespace leedl {
 

@@ -1,6 +1,6 @@
-// linear_cross_entropy.cpp: the two ways to make its products, on vectors (gemm.h) and on AMX (amx.h). Either rounds the
-// operands up to what it reads, multiplies, and hands each vector of sums on: epilogue(row, panel, sums). What the
-// epilogue captures should be captured by value; see tile_rows.
+// linear_cross_entropy.cpp: the two ways to make its products, on vectors (gemm.h) and on AMX (amx.h). Either multiplies
+// and hands each vector of sums on: epilogue(row, panel, sums). What the epilogue captures should be captured by value;
+// see tile_rows.
 #pragma once
 
 #include <algorithm>
@@ -57,8 +57,7 @@ struct VectorProducts {
   // The logits' gradient, [classes][kChunkRows], read column by column.
   using Columns = TileLayout<1, kChunkRows>;
 
-  // Rounds dlogits of `classes` classes and `columns` rows of the chunk, a multiple of W: to its rows as they lie, and to
-  // Columns.
+  // Rounds dlogits of `classes` classes and `columns` rows of the chunk, a multiple of W: as they lie, and to Columns.
   static void round(E* rows, E* columns_of_rows, const T* dlogits, int64_t classes, int64_t columns) {
     static constexpr T kZeros[kChunkRows] = {};
     round_rows(rows, dlogits, classes, columns);

@@ -277,8 +277,8 @@ class LinearCrossEntropyTasks {
     P::template multiply<TileLayout<depth_of<E>(kChunkRows), 1>>(
         classes, depth_of<E>(work.chunk.rows), dlogits, work.memory.panels + column / kLanes * kHiddenStride,
         kHiddenStride, divide_up(columns, kLanes),
-        [out = work.partial.dweight + first_class * args_.features + column, features = args_.features, classes, columns,
-         first = work.first](int64_t row, int64_t panel, V sums) {
+        [out = work.partial.dweight + first_class * args_.features + column, features = args_.features, classes,
+         columns, first = work.first](int64_t row, int64_t panel, V sums) {
           if (row >= classes) return;
           T* const to = out + row * features + panel * kLanes;
           const int64_t width = columns - panel * kLanes;
