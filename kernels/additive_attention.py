@@ -143,10 +143,11 @@ def _forward_kernel(out, row_max_ptr, row_sum_ptr, q, k, v, call, BLOCK: tl.cons
     acc = acc / row_sum[:, None]
     out_ptr = head_of(out, batch, head, 0)
     store_rows(out_ptr, acc, query, out.stride_m, call.seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV)
-    row = (batch * call.num_heads + head) * call.seqlen_q + query
-    row_max = tl.where(is_masked, float("inf"), row_max)
-    tl.store(row_max_ptr + row, row_max, query < call.seqlen_q)
-    tl.store(row_sum_ptr + row, row_sum, query < call.seqlen_q)
+    if row_max_ptr is not None:
+        row = (batch * call.num_heads + head) * call.seqlen_q + query
+        row_max = tl.where(is_masked, float("inf"), row_max)
+        tl.store(row_max_ptr + row, row_max, query < call.seqlen_q)
+        tl.store(row_sum_ptr + row, row_sum, query < call.seqlen_q)
 
 
 def call_of(problem: Any, score_weight: Tensor, key_lengths: Tensor | None) -> Call:
@@ -168,15 +169,17 @@ def call_of(problem: Any, score_weight: Tensor, key_lengths: Tensor | None) -> C
 def forward(
     problem: Any,
     out: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
+    row_max: Tensor | None,
+    row_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     score_weight: Tensor,
     key_lengths: Tensor | None,
 ) -> None:
-    """Fills out, and the statistics that `additive_attention_backward.backward` takes."""
+    """Fills out, and the statistics that `additive_attention_backward.backward` takes unless they
+    are None.
+    """
     programs = problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK)
     if programs > 0:
         _forward_kernel[(programs,)](

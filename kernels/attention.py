@@ -76,10 +76,11 @@ def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     )
     if call.NORMALIZER == "softmax":
         acc, base, row_sum, lse = normalized(acc, row_max * call.factor, row_sum, head, call)
-        row = statistics_row(call, place, head) + query
-        tl.store(operands.lse + row, lse, query < place.seqlen_q)
-        tl.store(operands.row_max + row, base, query < place.seqlen_q)
-        tl.store(operands.row_sum + row, row_sum, query < place.seqlen_q)
+        if operands.lse is not None:
+            row = statistics_row(call, place, head) + query
+            tl.store(operands.lse + row, lse, query < place.seqlen_q)
+            tl.store(operands.row_max + row, base, query < place.seqlen_q)
+            tl.store(operands.row_sum + row, row_sum, query < place.seqlen_q)
     if call.seed is not None:
         acc = acc * call.keep_scale
     out_ptr = head_of(out, batch, head, place.first_query)
@@ -132,19 +133,20 @@ def _forward_kernel(
 def forward(
     problem: Any,
     out: Tensor,
-    lse: Tensor,
-    row_max: Tensor,
-    row_sum: Tensor,
+    lse: Tensor | None,
+    row_max: Tensor | None,
+    row_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *others: Tensor | None,
 ) -> None:
-    """Fills out and, when the normalizer is softmax, lse and the statistics that `backward` takes.
+    """Fills out and, when the normalizer is softmax, lse and the statistics that `backward` takes
+    unless they are None.
 
     problem: the Problem of leedl_fast.ops.attention_problem; others: the rest of its Inputs.
     """
-    if out.numel() == 0 and lse.numel() == 0:
+    if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return
     call = call_of(problem, *others)
     is_softmax = problem.normalizer == "softmax"

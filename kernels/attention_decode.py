@@ -151,10 +151,11 @@ def _combine_kernel(
         acc += tl.sum(part, 0)[None, :]
     if call.NORMALIZER == "softmax":
         acc, base, row_sum, lse = normalized(acc, base, row_sum, head, call)
-        one = tl.arange(0, 1)
-        tl.store(lse_ptr + row + one, lse)
-        tl.store(row_max_ptr + row + one, base)
-        tl.store(row_sum_ptr + row + one, row_sum)
+        if lse_ptr is not None:
+            one = tl.arange(0, 1)
+            tl.store(lse_ptr + row + one, lse)
+            tl.store(row_max_ptr + row + one, base)
+            tl.store(row_sum_ptr + row + one, row_sum)
     if call.seed is not None:
         acc = acc * call.keep_scale
     out_ptr = head_of(out, batch, head, 0)
@@ -172,7 +173,7 @@ def forward(
     v: Tensor,
     call: Call,
 ) -> None:
-    """Like `attention.forward`; statistics: lse, row_max, row_sum, None unless softmax."""
+    """Like `attention.forward`; statistics: lse, row_max, row_sum, or None each."""
     blocks = blocks_for("decode", problem)
     rows = problem.batch * problem.num_heads * problem.seqlen_q
     options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False}

@@ -1,5 +1,6 @@
 """Every op, case and dtype against a better precision: at most twice plain PyTorch's own error."""
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -64,3 +65,18 @@ def test_conformance(case: Case, isa: str, dtype: torch.dtype) -> None:
     for draw in (1, 2) if unlucky else ():
         again = _too_large(case, isa, dtype, draw)
         assert not unlucky.keys() & again.keys(), f"draw {draw}: {again}; draw 0: {unlucky}"
+
+
+@pytest.mark.parametrize("isa", cpu_modules.modules())
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_inference_gives_what_training_gives(case: Case, isa: str) -> None:
+    """Bit by bit, though kernels leave out what only their backward needs."""
+    inputs = case.inputs(torch.float32, torch.float32)
+    alone = {"return_lse": False} if case.op == "attention" else {}
+    inference = replace(case, options={**case.options, **alone})
+    with cpu_modules.use_isa(isa), poisoned_outputs() as ran:
+        expected = case.run(inputs, "cpu")[0]
+        with torch.no_grad():
+            actual = inference.run(inputs, "cpu")[0]
+    assert len(ran) == 2
+    assert torch.equal(actual, expected)

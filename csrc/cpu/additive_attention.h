@@ -70,7 +70,7 @@ template <typename T>
 struct AdditiveForward {
   AdditiveProblem problem;
   HeadTensor<T> out;
-  // (batch, num_heads, seqlen_q), contiguous: of S; inf and 1 where no key is seen
+  // (batch, num_heads, seqlen_q), contiguous: of S; inf and 1 where no key is seen; both null unless wanted
   Accumulate<T>* row_max;
   Accumulate<T>* row_sum;
   HeadTensor<const T> q, k, v;

@@ -225,6 +225,7 @@ class Forward {
   }
 
   void write_statistics(int64_t batch, int64_t head, int64_t row, A row_max, A row_sum) const {
+    if (args_.row_max == nullptr) return;
     const int64_t index = (batch * sizes_.num_heads + head) * sizes_.seqlen_q + row;
     args_.row_max[index] = row_max;
     args_.row_sum[index] = row_sum;

@@ -126,7 +126,7 @@ struct AttentionForward {
   AttentionOptions options;
   ScoreTerms<T> terms;
   HeadTensor<T> out;
-  // (batch, num_heads, seqlen_q), contiguous; null unless the normalizer is softmax. The backward makes the
+  // (batch, num_heads, seqlen_q), contiguous; all null unless wanted and the normalizer is softmax. The backward makes the
   // probabilities of the maximum and the sum: they keep what a rounded lse loses where the scores are large. A row that
   // sees no key and no sink has lse = -inf, row_max = inf and row_sum = 1.
   Accumulate<T>* lse;

@@ -37,7 +37,7 @@ class RowWriter {
 
  private:
   void write_statistics(const Sample& sample, int64_t head, int64_t row, A lse, A row_max, A row_sum) const {
-    if (!scores_.softmax()) return;
+    if (args_.lse == nullptr) return;
     const int64_t index = args_.options.statistics_index(sample, head, row);
     args_.lse[index] = lse;
     args_.row_max[index] = row_max;

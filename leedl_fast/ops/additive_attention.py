@@ -15,7 +15,6 @@ from leedl_fast.ops.contract import (
     needs_grad,
     reference_gradients,
     resolver,
-    traced,
 )
 from leedl_fast.ops.heads import check_qkv, empty_heads, last_contiguous
 from leedl_fast.ops.windows import Window, window_sides
@@ -23,7 +22,8 @@ from leedl_fast.ops.windows import Window, window_sides
 
 class Problem(NamedTuple):
     """Sizes and options of one call. The window is inclusive and never unlimited: at most
-    seqlen_q + seqlen_k, which reaches everything.
+    seqlen_q + seqlen_k, which reaches everything. wants_statistics: the forward fills what the
+    backward takes; in a graph it always does.
     """
 
     batch: int
@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     device: torch.device
     window_left: int
     window_right: int
+    wants_statistics: bool = True
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -88,18 +89,20 @@ def additive_attention(
     """
     if isinstance(window, list):
         window = tuple(window)
-    problem, implementation, _ = _resolve(backend, (q, k, v, score_weight), causal, window)
+    wants_gradients = needs_grad(q, k, v, score_weight)
+    problem, implementation, is_traced = _resolve(
+        backend, (q, k, v, score_weight, key_lengths), causal, window, wants_gradients
+    )
     if key_lengths is not None:
-        checks.check_integer_vector("key_lengths", key_lengths, problem.batch, problem.device)
         checks.check_range("key_lengths", key_lengths, 0, problem.seqlen_k)
         key_lengths = key_lengths.to(torch.int64).contiguous()
     score_weight = score_weight.expand(problem.num_heads, problem.head_dim)
     if implementation.backend == "eager":
         return _reference(problem, q, k, v, score_weight, key_lengths)
     tensors = *map(last_contiguous, (q, k, v)), score_weight.contiguous(), key_lengths
-    if traced(*tensors):
+    if is_traced:
         return _forward.from_graph(implementation, problem, *tensors)[0]
-    if needs_grad(*tensors):
+    if wants_gradients:
         return AdditiveAttentionFunction.apply(*tensors, problem, implementation)
     return _forward(implementation, problem, *tensors)[0]
 
@@ -109,8 +112,10 @@ def _check(
     k: Kind,
     v: Kind,
     score_weight: Kind,
+    key_lengths: Kind | None,
     causal: bool,
     window: Window,
+    wants_gradients: bool,
 ) -> Problem:
     check_qkv(q, k, v)
     (batch, num_heads, seqlen_q, head_dim), dtype, device = q
@@ -122,15 +127,17 @@ def _check(
         )
     checks.check_same_dtype("score_weight", weight_dtype, dtype, "q")
     checks.check_same_device("score_weight", weight_device, device, "q")
+    if key_lengths is not None:
+        checks.check_integer_vector("key_lengths", key_lengths, batch, device)
     _, num_heads_k, seqlen_k, head_dim_v = v[0]
     left, right = window_sides(window, causal, seqlen_q + seqlen_k)
     return Problem(
         *(batch, num_heads, num_heads_k, seqlen_q, seqlen_k, head_dim, head_dim_v),
-        *(dtype, device, left, right),
+        *(dtype, device, left, right, wants_gradients),
     )
 
 
-_resolve = resolver("additive_attention", _check, "q", "k", "v", "score_weight")
+_resolve = resolver("additive_attention", _check, "q", "k", "v", "score_weight", "key_lengths?")
 
 
 def _reference(
@@ -152,13 +159,16 @@ def _reference(
     )
 
 
-def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    """out, and two numbers per row: the maximum of the scores, and the sum of the exponentials of
-    what they are below it. A row that sees no key has inf and 1.
+def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    """out, and two numbers per row, None unless they are wanted: the maximum of the scores, and the
+    sum of the exponentials of what they are below it. A row that sees no key has inf and 1.
     """
+    out = empty_heads(q, problem.seqlen_q, problem.head_dim_v)
+    if not problem.wants_statistics:
+        return out, None, None
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
-    statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(2)]
-    return empty_heads(q, problem.seqlen_q, problem.head_dim_v), *statistics
+    row_max = q.new_empty(rows, dtype=problem.statistics_dtype)
+    return out, row_max, torch.empty_like(row_max)
 
 
 def _allocate_backward(

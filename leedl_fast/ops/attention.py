@@ -17,7 +17,6 @@ from leedl_fast.ops.contract import (
     needs_grad,
     reference_gradients,
     resolver,
-    traced,
 )
 from leedl_fast.ops.heads import empty_heads, last_contiguous
 from leedl_fast.ops.seeds import dropout_seed
@@ -154,10 +153,10 @@ def attention(
         bias = _bias_of_four_dimensions(bias, k.shape[2])
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    problem, implementation, _ = _resolve(
+    wants_gradients = needs_grad(q, k, v, bias, sinks)
+    problem, implementation, is_traced = _resolve(
         backend,
-        (q, k, v, bias, sinks, alibi_slopes, cu_seqlens_q, cu_seqlens_k),
-        key_lengths is not None,
+        (q, k, v, bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k),
         causal,
         window,
         softmax_scale,
@@ -165,16 +164,17 @@ def attention(
         softcap,
         dropout_p,
         return_lse,
-        bias is not None and bias.requires_grad and torch.is_grad_enabled(),
+        wants_gradients,
+        bias is not None and needs_grad(bias),
     )
     inputs = _inputs(
         problem, q, k, v, bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed
     )
     if implementation.backend == "eager":
         out, lse = _reference(problem, inputs, return_lse=return_lse)
-    elif traced(*inputs):
+    elif is_traced:
         out, lse, _, _ = _forward.from_graph(implementation, problem, *inputs)
-    elif needs_grad(q, k, v, bias, sinks):
+    elif wants_gradients:
         out, lse = AttentionFunction.apply(*inputs, problem, implementation)
     else:
         out, lse, _, _ = _forward(implementation, problem, *inputs)
@@ -187,7 +187,8 @@ def attention(
 _resolve = resolver(
     "attention",
     attention_problem.check,
-    *("q", "k", "v", "bias?", "sinks?", "alibi_slopes?", "cu_seqlens_q?", "cu_seqlens_k?"),
+    *("q", "k", "v", "bias?", "sinks?", "alibi_slopes?"),
+    *("key_lengths?", "cu_seqlens_q?", "cu_seqlens_k?"),
 )
 
 
@@ -219,7 +220,6 @@ def _inputs(
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.detach().to(problem.statistics_dtype).contiguous()
     if key_lengths is not None:
-        checks.check_integer_vector("key_lengths", key_lengths, problem.batch, problem.device)
         checks.check_range("key_lengths", key_lengths, 0, problem.seqlen_k)
         key_lengths = key_lengths.to(torch.int64).contiguous()
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
@@ -256,13 +256,16 @@ def _reference(
     )
 
 
-def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
+def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     """out, lse, and the maximum and sum of each row, which the kernels keep for their backward;
-    the last three are empty unless the normalizer is softmax."""
+    the last three are None unless they are wanted, and empty unless the normalizer is softmax."""
+    out = empty_heads(q, problem.seqlen_q, problem.head_dim_v)
+    if not problem.wants_statistics:
+        return out, None, None, None
     rows = (problem.batch, problem.num_heads, problem.seqlen_q)
     rows = rows if problem.normalizer == "softmax" else (0,) * 3
-    statistics = [q.new_empty(rows, dtype=problem.statistics_dtype) for _ in range(3)]
-    return empty_heads(q, problem.seqlen_q, problem.head_dim_v), *statistics
+    lse = q.new_empty(rows, dtype=problem.statistics_dtype)
+    return out, lse, torch.empty_like(lse), torch.empty_like(lse)
 
 
 def _allocate_backward(

@@ -22,7 +22,8 @@ class Problem(NamedTuple):
     everything. With cu_seqlens, num_sequences sequences lie one after another in a batch of 1, and
     seqlen_q and seqlen_k are those of all of them; num_sequences is None otherwise.
     bias_shape is (batch or 1, num_heads or 1, seqlen_q or 1, seqlen_k). wants_dbias: the backward
-    fills the gradient of bias; it leaves it out otherwise.
+    fills the gradient of bias; it leaves it out otherwise. wants_statistics: the forward fills lse
+    and what the backward takes; in a graph it always does.
     """
 
     batch: int
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
     has_sinks: bool = False
     has_alibi: bool = False
     num_sequences: int | None = None
+    wants_statistics: bool = True
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -128,9 +130,9 @@ def check(
     bias: Kind | None,
     sinks: Kind | None,
     alibi_slopes: Kind | None,
+    key_lengths: Kind | None,
     cu_seqlens_q: Kind | None,
     cu_seqlens_k: Kind | None,
-    has_key_lengths: bool,
     causal: bool,
     window: Window,
     softmax_scale: float | None,
@@ -138,6 +140,7 @@ def check(
     softcap: float | None,
     dropout_p: float,
     return_lse: bool,
+    wants_gradients: bool,
     wants_dbias: bool,
 ) -> Problem:
     check_qkv(q, k, v)
@@ -157,7 +160,9 @@ def check(
         if softcap <= 0:
             raise ValueError(f"softcap must be positive, or None for no cap, got {softcap}")
     check_dropout_p(dropout_p)
-    num_sequences = _check_packing(cu_seqlens_q, cu_seqlens_k, q, k, has_key_lengths, bias)
+    num_sequences = _check_packing(cu_seqlens_q, cu_seqlens_k, q, k, key_lengths, bias)
+    if key_lengths is not None:
+        checks.check_integer_vector("key_lengths", key_lengths, batch, device)
     if bias is not None:
         _check_bias(bias, (batch, num_heads, seqlen_q, seqlen_k), dtype, device)
     samples = batch if num_sequences is None else num_sequences
@@ -193,6 +198,7 @@ def check(
         sinks is not None,
         alibi_slopes is not None,
         num_sequences,
+        return_lse or wants_gradients,
     )
 
 
@@ -201,7 +207,7 @@ def _check_packing(
     cu_seqlens_k: Kind | None,
     q: Kind,
     k: Kind,
-    has_key_lengths: bool,
+    key_lengths: Kind | None,
     bias: Kind | None,
 ) -> int | None:
     """The number of sequences, or None when they are not packed."""
@@ -222,8 +228,8 @@ def _check_packing(
     checks.check_shape("cu_seqlens_k", cu_seqlens_k[0], cu_seqlens_q[0])
     if q[0][0] != 1:
         raise ValueError(f"q must have a batch of 1 with cu_seqlens_q, got {q[0][0]}")
-    for name, given in (("key_lengths", has_key_lengths), ("bias", bias is not None)):
-        if given:
+    for name, given in (("key_lengths", key_lengths), ("bias", bias)):
+        if given is not None:
             raise ValueError(f"{name} must be None with cu_seqlens_q, got a tensor")
     return cu_seqlens_q[0][0] - 1
 

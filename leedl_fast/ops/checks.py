@@ -82,8 +82,9 @@ def check_range(name: str, values: Tensor, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in [{low}, {high}], got {bad}")
 
 
-def check_integer_vector(name: str, values: Tensor, batch: int, device: torch.device) -> None:
-    check_tensor(name, values)
+def check_integer_vector(
+    name: str, values: Tensor | Kind, batch: int, device: torch.device
+) -> None:
     if values.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} must be int64 or int32, got {values.dtype}")
     check_shape(name, values.shape, (batch,))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from leedl_fast import attention
 from leedl_fast.backends import cpu_modules
+from leedl_fast.ops.contract import OPERATORS
 from leedl_fast.reference.attention import visible_keys
 from leedl_fast.testing.compare import allowed_error, max_error
 
@@ -199,6 +200,24 @@ def test_the_output_keeps_the_storage_order_of_q() -> None:
     q, k, v = (torch.randn(2, 5, 3, 8).transpose(1, 2) for _ in range(3))
     out = attention(q, k, v, backend="cpu")
     assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("return_lse", "requires_grad", "wanted"),
+    [(False, False, False), (True, False, True), (False, True, True)],
+)
+def test_statistics_are_made_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, return_lse: bool, requires_grad: bool, wanted: bool
+) -> None:
+    operator = OPERATORS["attention_forward"]
+    allocate, made = operator.allocate, []
+    monkeypatch.setattr(
+        operator, "allocate", lambda *arguments: made.append(allocate(*arguments)) or made[-1]
+    )
+    q = torch.randn(1, 2, 5, 8, requires_grad=requires_grad)
+    attention(q, q, q, return_lse=return_lse, backend="cpu")
+    ((_, *statistics),) = made
+    assert [x is not None for x in statistics] == [wanted] * 3
 
 
 def test_a_strided_last_dimension_and_its_gradients() -> None:

@@ -10,16 +10,16 @@ from leedl_fast.testing.samples.case import Case, Tensors
 
 
 def _attention(tensors: Tensors, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
-    arguments: dict[str, Any] = {**tensors, **options, "backend": backend}
+    is_softmax = options.get("normalizer", "softmax") == "softmax"
+    arguments: dict[str, Any] = {"return_lse": is_softmax, **tensors, **options, "backend": backend}
     device = tensors["q"].device
     for name in ("key_lengths", "cu_seqlens_q", "cu_seqlens_k"):
         if name in options:
             arguments[name] = torch.tensor(options[name], dtype=torch.int64, device=device)
     if "alibi_slopes" in options:
         arguments["alibi_slopes"] = torch.tensor(options["alibi_slopes"], device=device)
-    if options.get("normalizer", "softmax") != "softmax":
-        return (attention(**arguments),)
-    return attention(**arguments, return_lse=True)
+    results = attention(**arguments)
+    return results if isinstance(results, tuple) else (results,)
 
 
 def attention_case(
