@@ -163,7 +163,8 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     """True when an autograd node must be made."""
     if is_grad_enabled():
         for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
+            # What is no tensor needs none: the checks, which come later, say what is wrong with it.
+            if tensor is not None and getattr(tensor, "requires_grad", False):
                 return True
     return False
 

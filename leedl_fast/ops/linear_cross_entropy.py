@@ -15,7 +15,6 @@ from leedl_fast.ops.contract import (
     needs_grad,
     reference_gradients,
     resolver,
-    traced,
 )
 from leedl_fast.ops.heads import last_contiguous
 
@@ -27,7 +26,8 @@ class Problem(NamedTuple):
     """Sizes and options of one call.
 
     wants_gradients: the forward kernel makes the gradients too, for a dloss of 1. Never so for
-    reduction="none", where dloss differs from row to row.
+    reduction="none", where dloss differs from row to row. in_graph: gradients that are not wanted
+    are empty tensors, for an operator of a graph returns nothing else; they are None otherwise.
     """
 
     rows: int
@@ -40,6 +40,7 @@ class Problem(NamedTuple):
     reduction: str
     label_smoothing: float
     wants_gradients: bool
+    in_graph: bool = False
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -90,13 +91,14 @@ def linear_cross_entropy(
     """
     if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = _promote(hidden, weight, bias)
-    problem, implementation, _ = _resolve(
+    wants_gradients = needs_grad(hidden, weight, bias)
+    problem, implementation, is_traced = _resolve(
         backend,
         (hidden, weight, targets, bias),
         ignore_index,
         reduction,
         label_smoothing,
-        needs_grad(hidden, weight, bias),
+        wants_gradients,
     )
     shape = targets.shape
     hidden, targets = hidden.reshape(problem.rows, problem.in_features), targets.flatten()
@@ -106,9 +108,9 @@ def linear_cross_entropy(
     else:
         bias = None if bias is None else bias.contiguous()
         tensors = last_contiguous(hidden), last_contiguous(weight), bias, targets.contiguous()
-        if traced(*tensors):
+        if is_traced:
             loss = _forward.from_graph(implementation, problem, *tensors)[0]
-        elif needs_grad(*tensors):
+        elif wants_gradients:
             loss = LinearCrossEntropyFunction.apply(*tensors, problem, implementation)
         else:
             loss = _forward(implementation, problem, *tensors)[0]
@@ -173,8 +175,11 @@ _resolve = resolver("linear_cross_entropy", _check, "hidden", "weight", "targets
 
 def _check_targets(problem: Problem, targets: Tensor) -> None:
     """Read only where that costs no device synchronisation."""
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if targets.device.type != "cpu" or torch.compiler.is_compiling() or targets.numel() == 0:
         return
+    smallest, largest = (int(bound) for bound in torch.aminmax(targets))
+    if smallest >= 0 and largest < problem.vocab_size:
+        return  # for a fifth of what the masks below cost
     ignored = targets == problem.ignore_index
     wrong = ((targets < 0) | (targets >= problem.vocab_size)) & ~ignored
     if wrong.any():
@@ -198,13 +203,15 @@ def _reference(
     )
 
 
-def _allocate_forward(problem: Problem, hidden: Tensor, *_: Tensor | None) -> tuple[Tensor, ...]:
-    """The loss, then dhidden, dweight and dbias for a dloss of 1, empty where they are not wanted.
+def _allocate_forward(problem: Problem, hidden: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    """The loss, then dhidden, dweight and dbias for a dloss of 1 where they are wanted.
 
     The gradients are of the statistics' dtype: a loss scale that comes with dloss can still save
     what float16 would have rounded to zero.
     """
     loss = hidden.new_empty(problem.rows if problem.reduction == "none" else ())
+    if not (problem.wants_gradients or problem.in_graph):
+        return loss, None, None, None
     return loss, *_allocate_gradients(problem, hidden, problem.wants_gradients)
 
 
@@ -230,7 +237,8 @@ def _describe(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: Any
 ) -> Problem:
     sizes = hidden.shape[0], hidden.shape[1], weight.shape[0]
-    return Problem(*sizes, hidden.dtype, hidden.device, bias is not None, *options)
+    problem = Problem(*sizes, hidden.dtype, hidden.device, bias is not None, *options)
+    return problem._replace(in_graph=True)
 
 
 def _options(problem: Problem) -> tuple:

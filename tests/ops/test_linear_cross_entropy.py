@@ -190,6 +190,7 @@ def test_the_logits_are_never_held(reduction: str) -> None:
     ("change", "error", "message"),
     [
         ({"hidden": None}, TypeError, "hidden must be a torch.Tensor, got NoneType"),
+        ({"weight": [1.0]}, TypeError, "weight must be a torch.Tensor, got list"),
         ({"hidden": torch.ones(3, 4).int()}, TypeError, "hidden must be float32.*, got torch.int"),
         ({"hidden": torch.ones(())}, ValueError, "hidden must have a last dimension of at least 1"),
         (
