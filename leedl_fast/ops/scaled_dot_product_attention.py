@@ -46,7 +46,10 @@ def scaled_dot_product_attention(
         raise ValueError("attn_mask must be None with is_causal=True, got a tensor")
     heads = slice(-3, -2) if enable_gqa else slice(0, 0)  # dimensions that do not broadcast
     last = -3 if enable_gqa else -2
-    leading = torch.broadcast_shapes(query.shape[:last], key.shape[:last], value.shape[:last])
+    of_query, of_key, of_value = query.shape[:last], key.shape[:last], value.shape[:last]
+    leading = of_query
+    if not of_query == of_key == of_value:
+        leading = torch.broadcast_shapes(of_query, of_key, of_value)
     shape = (*leading, *query.shape[heads])
     q, k, v = (_four_dimensions(x, (*leading, *x.shape[heads])) for x in (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, shape, key.shape[-2])
@@ -58,7 +61,7 @@ def scaled_dot_product_attention(
         k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
         window = (None, max(seqlen_q - seqlen_k, 0))
     out = attention(q, k, v, bias=bias, window=window, dropout_p=dropout_p, softmax_scale=scale)
-    return out.reshape(*shape, *out.shape[2:])
+    return out if len(shape) == 2 else out.reshape(*shape, *out.shape[2:])
 
 
 def _four_dimensions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
