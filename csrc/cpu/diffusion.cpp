@@ -184,6 +184,17 @@ void step_chunk(T* prev, const M* m, const T* x, const A* z, const double* c, do
 
 namespace entry_points {
 
+void sample_seeds(const Tensor& seeds, int64_t seed) {
+  int64_t* to = seeds.data<int64_t>();
+  uint64_t state = static_cast<uint64_t>(seed);
+  for (int64_t b = 0; b < seeds.numel(); ++b) {
+    state += 0x9E3779B97F4A7C15;
+    uint64_t mixed = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9;
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB;
+    to[b] = static_cast<int64_t>(mixed ^ (mixed >> 31));
+  }
+}
+
 void randn(const Tensor& out, const Tensor& seeds, const Tensor& streams, int num_threads) {
   dispatch(out.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;

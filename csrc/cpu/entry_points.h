@@ -50,6 +50,8 @@ void linear_cross_entropy(const Tensor& loss, const Tensor& dhidden, const Tenso
                           const Tensor& targets, int64_t ignore_index, bool per_row, bool mean, double label_smoothing,
                           int num_threads);
 
+// seeds[b] = the output b + 1 of the SplitMix64 generator (Steele et al. 2014) that starts at `seed`; (batch,) int64.
+void sample_seeds(const Tensor& seeds, int64_t seed);
 // Of diffusion, samples are (batch, ...) and contiguous, coefficients (batch, kinds) float64, seeds and streams (batch,)
 // int64. Either noise is given or made from the seeds.
 void randn(const Tensor& out, const Tensor& seeds, const Tensor& streams, int num_threads);

@@ -55,6 +55,7 @@ PYBIND11_MODULE(LEEDL_CPU_MODULE, m) {
   m.def("add_layer_norm_dropout_backward", &entry_points::add_layer_norm_dropout_backward, ReleaseGil());
   m.def("add_layer_norm_backward", &entry_points::add_layer_norm_backward, ReleaseGil());
   m.def("linear_cross_entropy", &entry_points::linear_cross_entropy, ReleaseGil());
+  m.def("sample_seeds", &entry_points::sample_seeds, ReleaseGil());
   m.def("randn", &entry_points::randn, ReleaseGil());
   m.def("add_noise", &entry_points::add_noise, ReleaseGil());
   m.def("noise_prediction_loss_forward", &entry_points::noise_prediction_loss_forward, ReleaseGil());

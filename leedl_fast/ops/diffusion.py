@@ -14,6 +14,7 @@ from leedl_fast.ops.noise_schedule import (
     Timesteps,
     timestep_vector,
 )
+from leedl_fast.ops.seeds import sample_seeds
 from leedl_fast.reference import diffusion as reference
 
 __all__ = [
@@ -27,39 +28,6 @@ __all__ = [
 ]
 
 Seed = int | Tensor | torch.Generator
-
-
-def sample_seeds(seed: int | Tensor, batch: int, device: torch.device | str = "cpu") -> Tensor:
-    """(batch,) int64 keys of the samples' random numbers.
-
-    A tensor of int64 keys is taken as it is. From an int, sample b gets the b-th output of the
-    SplitMix64 generator (Steele et al. 2014) that starts at `seed`: well-mixed keys, the same for
-    sample b whatever the batch around it.
-    """
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int or an int64 tensor, got a tensor of {seed.dtype}")
-        checks.check_integer_vector("seed", seed, batch, torch.device(device))
-        return seed.contiguous()
-    checks.check_int("seed", seed)
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    golden, first, second = (
-        _signed(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-    )
-    state = torch.arange(1, batch + 1, dtype=torch.int64, device=device) * golden + _signed(seed)
-    state = (state ^ _logical_shift(state, 30)) * first
-    state = (state ^ _logical_shift(state, 27)) * second
-    return state ^ _logical_shift(state, 31)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of value."""
-    return (value + 2**63) % 2**64 - 2**63
-
-
-def _logical_shift(value: Tensor, bits: int) -> Tensor:
-    return (value >> bits) & (2 ** (64 - bits) - 1)
 
 
 def randn(

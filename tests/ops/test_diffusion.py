@@ -7,7 +7,7 @@ import torch
 
 from leedl_fast import diffusion
 from leedl_fast.backends import cpu_modules
-from leedl_fast.ops.diffusion import sample_seeds
+from leedl_fast.ops.seeds import sample_seeds
 
 ISA = pytest.mark.parametrize("isa", cpu_modules.modules())
 SCHEDULE = diffusion.NoiseSchedule.linear(1000)
@@ -120,6 +120,17 @@ def test_sample_seeds_are_splitmix64() -> None:
     """The first outputs of the generator from state 1234567 (Vigna's splitmix64.c)."""
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
     assert [seed % 2**64 for seed in sample_seeds(1234567, 3).tolist()] == expected
+
+
+@pytest.mark.parametrize("isa", cpu_modules.modules())
+@pytest.mark.parametrize("seed", [0, -1, 7, 2**63 - 1, 2**63, 2**64 - 1, -(2**63)])
+def test_sample_seeds_without_a_compiled_module_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, seed: int, isa: str
+) -> None:
+    with cpu_modules.use_isa(isa):
+        compiled = sample_seeds(seed, 37)
+    monkeypatch.setattr(cpu_modules, "isa", lambda: None)
+    assert torch.equal(sample_seeds(seed, 37), compiled)
 
 
 @pytest.mark.parametrize(
