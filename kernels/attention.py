@@ -38,8 +38,8 @@ class Operands(NamedTuple):
 
     out: Any
     lse: Any
-    row_max: Any
-    row_sum: Any
+    base: Any
+    inverse_sum: Any
     q: Any
     k: Any
     v: Any
@@ -75,12 +75,12 @@ def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
         BLOCK_N,
     )
     if call.NORMALIZER == "softmax":
-        acc, base, row_sum, lse = normalized(acc, row_max * call.factor, row_sum, head, call)
+        acc, lse, base, inverse_sum = normalized(acc, row_max * call.factor, row_sum, head, call)
         if operands.lse is not None:
             row = statistics_row(call, place, head) + query
             tl.store(operands.lse + row, lse, query < place.seqlen_q)
-            tl.store(operands.row_max + row, base, query < place.seqlen_q)
-            tl.store(operands.row_sum + row, row_sum, query < place.seqlen_q)
+            tl.store(operands.base + row, base, query < place.seqlen_q)
+            tl.store(operands.inverse_sum + row, inverse_sum, query < place.seqlen_q)
     if call.seed is not None:
         acc = acc * call.keep_scale
     out_ptr = head_of(out, batch, head, place.first_query)
@@ -92,8 +92,8 @@ def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 def _forward_kernel(
     out,
     lse_ptr,
-    row_max_ptr,
-    row_sum_ptr,
+    base_ptr,
+    inverse_sum_ptr,
     q,
     k,
     v,
@@ -113,8 +113,8 @@ def _forward_kernel(
     operands = Operands(
         out,
         lse_ptr,
-        row_max_ptr,
-        row_sum_ptr,
+        base_ptr,
+        inverse_sum_ptr,
         q,
         k,
         v,
@@ -134,8 +134,8 @@ def forward(
     problem: Any,
     out: Tensor,
     lse: Tensor | None,
-    row_max: Tensor | None,
-    row_sum: Tensor | None,
+    base: Tensor | None,
+    inverse_sum: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -150,7 +150,7 @@ def forward(
         return
     call = call_of(problem, *others)
     is_softmax = problem.normalizer == "softmax"
-    statistics = (lse, row_max, row_sum) if is_softmax else (None, None, None)
+    statistics = (lse, base, inverse_sum) if is_softmax else (None, None, None)
     splits = attention_decode.splits_of(problem)
     if splits is not None:
         attention_decode.forward(problem, splits, out, statistics, q, k, v, call)

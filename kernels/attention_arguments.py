@@ -27,12 +27,13 @@ class Heads(NamedTuple):
 class Statistics(NamedTuple):
     """(batch, num_heads, seqlen_q) float32 tensors, all None unless the normalizer is softmax.
 
-    row_max: the base of the row's powers of two: its largest exponent, the sink's included.
-    row_sum: the sum of these powers relative to the base; 0 where the row sees nothing.
+    base: of the row's powers of two: its largest exponent, the sink's included.
+    inverse_sum: 1 / the sum of these powers relative to the base.
+    Both are 0 where the row sees nothing, so that the backward pass has no case to tell apart.
     """
 
-    row_max: Any
-    row_sum: Any
+    base: Any
+    inverse_sum: Any
     delta: Any
 
 
@@ -169,11 +170,11 @@ def _is_describable(x: Tensor) -> bool:
     )
 
 
-def statistics_of(problem: Any, row_max: Tensor, row_sum: Tensor) -> Statistics:
+def statistics_of(problem: Any, base: Tensor, inverse_sum: Tensor) -> Statistics:
     """With room for delta."""
     if problem.normalizer != "softmax":
         return Statistics(None, None, None)
-    return Statistics(row_max, row_sum, torch.empty_like(row_max))
+    return Statistics(base, inverse_sum, torch.empty_like(base))
 
 
 def tiles_of(problem: Any, seqlen: int, block: int) -> int:

@@ -3,7 +3,7 @@
 Deterministic, without atomics: one kernel owns tiles of dk and dv and loops over the queries that
 see them, one owns tiles of dq and loops over the keys that they see, and one, in attention_bias,
 owns tiles of dbias. All make the probabilities again from the scores and each row's statistics, as
-the forward pass made them: p = exp2(score * factor - row_max) / row_sum.
+the forward pass made them: p = exp2(score * factor - base) * inverse_sum.
 """
 
 from typing import Any
@@ -77,8 +77,8 @@ def _delta_kernel(statistics, part_dsinks_ptr, dlse_ptr, dout, out, call, BLOCK_
     tl.store(statistics.delta + row, delta, exists)
     if call.sinks is not None:
         sink = tl.load(call.sinks + head) * LOG2_E
-        row_sum = tl.load(statistics.row_sum + row, exists, other=1)
-        p = tl.exp2(sink - tl.load(statistics.row_max + row, exists, other=float("inf"))) / row_sum
+        inverse_sum = tl.load(statistics.inverse_sum + row, exists, other=0)
+        p = tl.exp2(sink - tl.load(statistics.base + row, exists, other=sink)) * inverse_sum
         tl.store(part_dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
 
 
@@ -210,11 +210,11 @@ def _add_to_dk_dv(
     q_ptr = head_of(q, batch, first_head, place.first_query)
     dout_ptr = head_of(dout, batch, first_head, place.first_query)
     key = (first_key + tl.arange(0, BLOCK_N))[:, None]
-    tiles = end - begin
-    for i in range(0, call.group * tiles):
-        in_group = (i // tiles).to(tl.int64)
+    in_group = first_head * 0
+    tile = begin
+    for _ in range(0, call.group * (end - begin)):
         head = first_head + in_group
-        first = (begin + i % tiles) * BLOCK_M
+        first = tile * BLOCK_M
         query = first + tl.arange(0, BLOCK_M)
         rows = rows_of(call, window, batch, place.sample, head, query[None, :])
         row = first_row + in_group * call.seqlen_q + query
@@ -239,6 +239,9 @@ def _add_to_dk_dv(
         ds = score_gradient(p, dp, kept, of_rows, rows, call, MASKED)
         ds = product_gradient(ds, capped, call)
         dk = dot(ds.to(q_rows.dtype), q_rows, dk, call.PRECISION)  # [BLOCK_N, BLOCK_D]
+        tile += 1
+        in_group += (tile == end).to(tl.int64)
+        tile = tl.where(tile == end, begin, tile)
     return dk, dv
 
 
@@ -319,11 +322,11 @@ def backward(
     """Fills the gradients; dlse and the statistics as `attention.forward` has lse and them.
 
     problem: the Problem of leedl_fast.ops.attention_problem; others: the rest of its Inputs, out,
-    and the statistics row_max and row_sum of the forward pass.
+    and the statistics base and inverse_sum of the forward pass.
     """
-    *options, out, row_max, row_sum = others
+    *options, out, base, inverse_sum = others
     call = call_of(problem, bias, *options)
-    statistics = statistics_of(problem, row_max, row_sum)
+    statistics = statistics_of(problem, base, inverse_sum)
     if statistics.delta is not None:
         _fill_delta(problem, statistics, dsinks, dlse, dout, out, call)
     tensors = heads(dout), heads(q), heads(k), heads(v)

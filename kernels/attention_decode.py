@@ -114,8 +114,8 @@ def _split_kernel(
 def _combine_kernel(
     out,
     lse_ptr,
-    row_max_ptr,
-    row_sum_ptr,
+    base_ptr,
+    inverse_sum_ptr,
     part_acc_ptr,
     part_max_ptr,
     part_sum_ptr,
@@ -150,12 +150,12 @@ def _combine_kernel(
             part = part * weight[:, None]
         acc += tl.sum(part, 0)[None, :]
     if call.NORMALIZER == "softmax":
-        acc, base, row_sum, lse = normalized(acc, base, row_sum, head, call)
+        acc, lse, base, inverse_sum = normalized(acc, base, row_sum, head, call)
         if lse_ptr is not None:
             one = tl.arange(0, 1)
             tl.store(lse_ptr + row + one, lse)
-            tl.store(row_max_ptr + row + one, base)
-            tl.store(row_sum_ptr + row + one, row_sum)
+            tl.store(base_ptr + row + one, base)
+            tl.store(inverse_sum_ptr + row + one, inverse_sum)
     if call.seed is not None:
         acc = acc * call.keep_scale
     out_ptr = head_of(out, batch, head, 0)
@@ -173,7 +173,7 @@ def forward(
     v: Tensor,
     call: Call,
 ) -> None:
-    """Like `attention.forward`; statistics: lse, row_max, row_sum, or None each."""
+    """Like `attention.forward`; statistics: lse, base, inverse_sum, or None each."""
     blocks = blocks_for("decode", problem)
     rows = problem.batch * problem.num_heads * problem.seqlen_q
     options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False}

@@ -222,12 +222,9 @@ def load_statistics(statistics, row, exists, call):
     """In the shape of row."""
     base, inverse_sum, delta = 0, 0, 0
     if call.NORMALIZER == "softmax":
-        row_max = tl.load(statistics.row_max + row, exists, other=0)
-        row_sum = tl.load(statistics.row_sum + row, exists, other=0)
+        base = tl.load(statistics.base + row, exists, other=0)
+        inverse_sum = tl.load(statistics.inverse_sum + row, exists, other=0)
         delta = tl.load(statistics.delta + row, exists, other=0)
-        is_empty = row_sum == 0
-        base = tl.where(is_empty, 0.0, row_max)
-        inverse_sum = tl.where(is_empty, 0.0, 1.0 / tl.where(is_empty, 1.0, row_sum))
     return RowStatistics(base, inverse_sum, delta)
 
 

@@ -97,7 +97,8 @@ def attend(
 
 @triton.jit
 def normalized(acc, base, row_sum, head, call):
-    """(out, base, row_sum, lse) with the sink of the head, a scalar or one per row, included.
+    """(out, lse, base, inverse_sum), the last two as Statistics has them, with the sink of the
+    head, a scalar or one per row, included.
 
     acc: [rows, columns], row_sum: [rows], relative to 2^base.
     """
@@ -109,6 +110,9 @@ def normalized(acc, base, row_sum, head, call):
         acc = acc * rescale[:, None]
         base = largest
     # A row that sees nothing has row_sum 0 and base -inf: zeros and lse = -inf.
-    divisor = tl.where(row_sum > 0, row_sum, 1.0)
+    is_empty = row_sum == 0
+    divisor = tl.where(is_empty, 1.0, row_sum)
     lse = (base + tl.log2(divisor)) * _LN2
-    return acc / divisor[:, None], base, row_sum, lse
+    base = tl.where(is_empty, 0.0, base)
+    inverse_sum = tl.where(is_empty, 0.0, 1.0 / divisor)
+    return acc / divisor[:, None], lse, base, inverse_sum
