@@ -23,7 +23,6 @@ from leedl_fast.kernels.attention_tiles import (
 )
 
 BLOCK = 16  # queries and keys of a tile: larger ones spill in IEEE float32 products
-NUM_WARPS = 4
 
 
 class Call(NamedTuple):
@@ -166,6 +165,11 @@ def call_of(problem: Any, score_weight: Tensor, key_lengths: Tensor | None) -> C
     )
 
 
+def warps_of(problem: Any) -> int:
+    """So many that whole rows of a tile fit registers."""
+    return 4 if padded(max(problem.head_dim, problem.head_dim_v)) <= 256 else 8
+
+
 def forward(
     problem: Any,
     out: Tensor,
@@ -191,5 +195,5 @@ def forward(
             heads(v),
             call_of(problem, score_weight, key_lengths),
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
+            num_warps=warps_of(problem),
         )

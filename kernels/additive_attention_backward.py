@@ -1,8 +1,9 @@
 """The backward pass of additive attention in Triton; `leedl_fast.reference.additive_attention`
 derives the formulas.
 
-The one column of an accumulator that a channel changes is picked by a mask. A tile's gradients need
-its scores again, and delta, which is made of the probabilities themselves.
+A channel changes one column of dq or dk, and registers have no columns that a loop could pick: each
+program adds its columns up in memory of its own. A tile's gradients need its scores again, and
+delta, which is made of the probabilities themselves.
 """
 
 from typing import Any
@@ -14,36 +15,77 @@ from torch import Tensor
 
 from leedl_fast.kernels.additive_attention import (
     BLOCK,
-    NUM_WARPS,
     call_of,
     channel,
-    float32_rows,
     pair_of,
     visible_scores,
+    warps_of,
     window_of,
 )
-from leedl_fast.kernels.attention_arguments import heads
+from leedl_fast.kernels.attention_arguments import Heads, heads
 from leedl_fast.kernels.attention_scores import head_of
 from leedl_fast.kernels.attention_tiles import key_tiles, query_tiles, store_rows, tile_of
 
 
 @triton.jit
-def _p_and_dp(pair, query, key, v_rows, dout_rows, row_max_ptr, row_sum_ptr, row, window, HEAD_DIM):
-    """Two tiles [queries, keys]: the probabilities, as the forward pass made them, and dout . v;
-    row: where the statistics of the head's first query stand.
+def _head_at(x, batch, head):
+    """One head of x, as Heads."""
+    return Heads(head_of(x, batch, head, 0), 0, 0, x.stride_m)
+
+
+@triton.jit
+def _add(pointer, x):
+    tl.store(pointer, tl.load(pointer) + x)
+
+
+@triton.jit
+def _p_and_dp(
+    pair, dout, v, query, key, row_max_ptr, row_sum_ptr, row, window, dv_columns_ptr, call
+):
+    """Two tiles [queries, keys]: the probabilities, as the forward pass made them, and dout . v,
+    channel by channel too; p . dout is added to the columns of dv unless they are None. dout and v:
+    the Heads at a head's first row; row: where the statistics of the head's first query stand.
     """
-    exists = query < window.seqlen_q
-    row_max = tl.load(row_max_ptr + row + query, exists, other=float("inf"))
-    row_sum = tl.load(row_sum_ptr + row + query, exists, other=1)
-    scores = visible_scores(pair, query, key, window, HEAD_DIM)
+    in_queries, in_keys = query < window.seqlen_q, key < window.key_end
+    row_max = tl.load(row_max_ptr + row + query, in_queries, other=float("inf"))
+    row_sum = tl.load(row_sum_ptr + row + query, in_queries, other=1)
+    scores = visible_scores(pair, query, key, window, call.HEAD_DIM)
     p = tl.exp(scores - row_max[:, None]) / row_sum[:, None]
-    return p, tl.dot(dout_rows, tl.trans(v_rows), input_precision="ieee")
+    dout_ptr = dout.ptr + query.to(tl.int64) * dout.stride_m
+    v_ptr = v.ptr + key.to(tl.int64) * v.stride_m
+    dp = tl.zeros((query.shape[0], key.shape[0]), tl.float32)
+    for c in range(call.HEAD_DIM_V):
+        do = tl.load(dout_ptr + c, in_queries, other=0).to(tl.float32)
+        dp += do[:, None] * tl.load(v_ptr + c, in_keys, other=0).to(tl.float32)[None, :]
+        if dv_columns_ptr is not None:
+            _add(
+                dv_columns_ptr + c * key.shape[0] + tl.arange(0, key.shape[0]),
+                tl.sum(p * do[:, None], 0),
+            )
+    return p, dp
+
+
+@triton.jit
+def _clear(columns_ptr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """DIM columns of BLOCK rows, one column after the other."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointer = columns_ptr + column * BLOCK + tl.arange(0, BLOCK)[:, None]
+    tl.store(pointer, tl.zeros((BLOCK, BLOCK_D), tl.float32), column < DIM)
+    tl.debug_barrier()  # other threads load what these stored, here and below
+
+
+@triton.jit
+def _sums(columns_ptr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[BLOCK, BLOCK_D], zeros from DIM on."""
+    column = tl.arange(0, BLOCK_D)[None, :]
+    pointer = columns_ptr + column * BLOCK + tl.arange(0, BLOCK)[:, None]
+    return tl.load(pointer, column < DIM, other=0)
 
 
 @triton.jit
 def _query_kernel(
     dq,
-    part_dweight_ptr,
+    columns_ptr,
     delta_ptr,
     dout,
     row_max_ptr,
@@ -55,15 +97,13 @@ def _query_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program owns BLOCK queries of one head: their delta and dq, and their part of dweight."""
-    HEAD_DIM_V: tl.constexpr = call.HEAD_DIM_V
-    BLOCK_DV: tl.constexpr = call.BLOCK_DV
     tiles = tl.cdiv(call.seqlen_q, BLOCK)
     own, head, batch = tile_of(tl.program_id(0), tiles, call.num_heads)
     query = own * BLOCK + tl.arange(0, BLOCK)
     window = window_of(call, batch)
     head_k = head // call.group
     pair = pair_of(q, k, batch, head, head_k, call)
-    do = float32_rows(dout, batch, head, query, call.seqlen_q, HEAD_DIM_V, BLOCK_DV)
+    of_dout, of_v = _head_at(dout, batch, head), _head_at(v, batch, head_k)
     row = (batch * call.num_heads + head) * call.seqlen_q
     begin, _, _, end = key_tiles(own * BLOCK, (own + 1) * BLOCK, window, BLOCK)
 
@@ -71,41 +111,41 @@ def _query_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for tile in range(begin, end):
         key = tile * BLOCK + tl.arange(0, BLOCK)
-        v_rows = float32_rows(v, batch, head_k, key, window.key_end, HEAD_DIM_V, BLOCK_DV)
         p, dp = _p_and_dp(
-            pair, query, key, v_rows, do, row_max_ptr, row_sum_ptr, row, window, call.HEAD_DIM
+            pair, of_dout, of_v, query, key, row_max_ptr, row_sum_ptr, row, window, None, call
         )
         delta += tl.sum(p * dp, 1)
         total += tl.sum(p, 1)
     delta = delta / tl.where(total == 0, 1.0, total)
     tl.store(delta_ptr + row + query, delta, query < call.seqlen_q)
 
-    column = tl.arange(0, call.BLOCK_D)
-    acc = tl.zeros((BLOCK, call.BLOCK_D), tl.float32)
-    dweight = tl.zeros((call.BLOCK_D,), tl.float32)
+    part = (batch * call.num_heads + head) * tiles + own
+    columns_ptr += part * call.HEAD_DIM * (BLOCK + 1)
+    dweight_ptr = columns_ptr + call.HEAD_DIM * BLOCK
+    _clear(columns_ptr, BLOCK, call.HEAD_DIM, call.BLOCK_D)
+    _clear(dweight_ptr, 1, call.HEAD_DIM, call.BLOCK_D)
     for tile in range(begin, end):
         key = tile * BLOCK + tl.arange(0, BLOCK)
-        v_rows = float32_rows(v, batch, head_k, key, window.key_end, HEAD_DIM_V, BLOCK_DV)
         p, dp = _p_and_dp(
-            pair, query, key, v_rows, do, row_max_ptr, row_sum_ptr, row, window, call.HEAD_DIM
+            pair, of_dout, of_v, query, key, row_max_ptr, row_sum_ptr, row, window, None, call
         )
         ds = p * (dp - delta[:, None])
         for c in range(call.HEAD_DIM):
             y, weight = channel(pair, query, key, window, c)
             u = weight * tl.sum(ds * (1 - y * y), 1)
-            acc += tl.where(column[None, :] == c, u[:, None], 0.0)
-            dweight += tl.where(column == c, tl.sum(tl.sum(ds * y, 1), 0), 0.0)
+            _add(columns_ptr + c * BLOCK + tl.arange(0, BLOCK), u)
+            _add(dweight_ptr + c, tl.sum(tl.sum(ds * y, 1), 0))
+        tl.debug_barrier()
+    acc = _sums(columns_ptr, BLOCK, call.HEAD_DIM, call.BLOCK_D)
     dq_ptr = head_of(dq, batch, head, 0)
     store_rows(dq_ptr, acc, query, dq.stride_m, call.seqlen_q, call.HEAD_DIM, call.BLOCK_D)
-    part = (batch * call.num_heads + head) * tiles + own
-    part_dweight_ptr += part * call.HEAD_DIM
-    tl.store(part_dweight_ptr + column, dweight, column < call.HEAD_DIM)
 
 
 @triton.jit
 def _key_value_kernel(
     dk,
     dv,
+    columns_ptr,
     delta_ptr,
     dout,
     row_max_ptr,
@@ -123,29 +163,44 @@ def _key_value_kernel(
     own, head_k, batch = tile_of(tl.program_id(0), tiles, call.num_heads // call.group)
     key = own * BLOCK + tl.arange(0, BLOCK)
     window = window_of(call, batch)
-    v_rows = float32_rows(v, batch, head_k, key, window.key_end, HEAD_DIM_V, BLOCK_DV)
+    of_v = _head_at(v, batch, head_k)
     begin, _, _, end = query_tiles(own * BLOCK, window, BLOCK, BLOCK)
 
-    column = tl.arange(0, call.BLOCK_D)
-    acc_dk = tl.zeros((BLOCK, call.BLOCK_D), tl.float32)
-    acc_dv = tl.zeros((BLOCK, BLOCK_DV), tl.float32)
+    part = (batch * (call.num_heads // call.group) + head_k) * tiles + own
+    columns_ptr += part * (call.HEAD_DIM + HEAD_DIM_V) * BLOCK
+    dv_columns_ptr = columns_ptr + call.HEAD_DIM * BLOCK
+    _clear(columns_ptr, BLOCK, call.HEAD_DIM, call.BLOCK_D)
+    _clear(dv_columns_ptr, BLOCK, HEAD_DIM_V, BLOCK_DV)
+    row_of_tile = tl.arange(0, BLOCK)
     for i in range(call.group):
         head = head_k * call.group + i
         pair = pair_of(q, k, batch, head, head_k, call)
         row = (batch * call.num_heads + head) * call.seqlen_q
+        of_dout = _head_at(dout, batch, head)
         for tile in range(begin, end):
             query = tile * BLOCK + tl.arange(0, BLOCK)
-            do = float32_rows(dout, batch, head, query, call.seqlen_q, HEAD_DIM_V, BLOCK_DV)
             p, dp = _p_and_dp(
-                pair, query, key, v_rows, do, row_max_ptr, row_sum_ptr, row, window, call.HEAD_DIM
+                pair,
+                of_dout,
+                of_v,
+                query,
+                key,
+                row_max_ptr,
+                row_sum_ptr,
+                row,
+                window,
+                dv_columns_ptr,
+                call,
             )
-            acc_dv = tl.dot(tl.trans(p), do, acc_dv, input_precision="ieee")
             delta = tl.load(delta_ptr + row + query, query < call.seqlen_q, other=0)
             ds = p * (dp - delta[:, None])
             for c in range(call.HEAD_DIM):
                 y, weight = channel(pair, query, key, window, c)
                 u = weight * tl.sum(ds * (1 - y * y), 0)
-                acc_dk += tl.where(column[None, :] == c, u[:, None], 0.0)
+                _add(columns_ptr + c * BLOCK + row_of_tile, u)
+            tl.debug_barrier()
+    acc_dk = _sums(columns_ptr, BLOCK, call.HEAD_DIM, call.BLOCK_D)
+    acc_dv = _sums(dv_columns_ptr, BLOCK, HEAD_DIM_V, BLOCK_DV)
     dk_ptr, dv_ptr = head_of(dk, batch, head_k, 0), head_of(dv, batch, head_k, 0)
     store_rows(dk_ptr, acc_dk, key, dk.stride_m, call.seqlen_k, call.HEAD_DIM, call.BLOCK_D)
     store_rows(dv_ptr, acc_dv, key, dv.stride_m, call.seqlen_k, HEAD_DIM_V, BLOCK_DV)
@@ -169,18 +224,19 @@ def backward(
     """Fills the gradients; the statistics as `additive_attention.forward` has them."""
     batch, num_heads = problem.batch, problem.num_heads
     query_blocks = triton.cdiv(problem.seqlen_q, BLOCK)
+    query_programs = batch * num_heads * query_blocks
     key_programs = batch * problem.num_heads_k * triton.cdiv(problem.seqlen_k, BLOCK)
     delta = torch.empty_like(row_max)
-    part_dweight = row_max.new_empty(batch, num_heads, query_blocks, problem.head_dim)
+    # Each program's columns, of dq and dweight or of dk and dv.
+    of_queries = row_max.new_empty(batch, num_heads, query_blocks, problem.head_dim * (BLOCK + 1))
+    of_keys = row_max.new_empty(key_programs * (problem.head_dim + problem.head_dim_v) * BLOCK)
     inputs = heads(dout), row_max, row_sum, heads(q), heads(k), heads(v)
     call = call_of(problem, score_weight, key_lengths)
-    if batch * num_heads * query_blocks > 0:
-        _query_kernel[(batch * num_heads * query_blocks,)](
-            heads(dq), part_dweight, delta, *inputs, call, BLOCK=BLOCK, num_warps=NUM_WARPS
-        )
+    options = {"BLOCK": BLOCK, "num_warps": warps_of(problem), "num_stages": 1}
+    if query_programs > 0:
+        _query_kernel[(query_programs,)](heads(dq), of_queries, delta, *inputs, call, **options)
     if key_programs > 0:
-        # Two accumulators: with as many warps as the others have, some of them would spill.
         _key_value_kernel[(key_programs,)](
-            *(heads(dk), heads(dv), delta, *inputs, call), BLOCK=BLOCK, num_warps=2 * NUM_WARPS
+            heads(dk), heads(dv), of_keys, delta, *inputs, call, **options
         )
-    torch.sum(part_dweight, dim=(0, 2), out=dscore_weight)
+    torch.sum(of_queries[..., problem.head_dim * BLOCK :], dim=(0, 2), out=dscore_weight)
