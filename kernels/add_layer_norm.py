@@ -264,7 +264,7 @@ def _threshold_and_scale(dropout_p: float) -> tuple[int, float]:
     return int(dropout_p * 2**32), 1 / (1 - dropout_p)
 
 
-def _forward_launch(problem: Any, x_stride: int, residual_stride: int, *_: bool) -> Launch:
+def _forward_launch(problem: Any, x_stride: int, residual_stride: int) -> Launch:
     rows, n = problem.rows, problem.n
     is_wide = n > _MAX_N
     options = tile(_WIDE_BLOCK, 1) if is_wide else tile(n, 1024)
@@ -318,7 +318,7 @@ def forward(
         weight = weight.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    key = (problem, x_stride, residual_stride, weight is None, bias is None)
+    key = (problem, x_stride, residual_stride)
     launch_forward(key, normed, summed, x, residual, weight, bias, seed)
 
 

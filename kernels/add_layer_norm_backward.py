@@ -229,7 +229,7 @@ def _sum_kernel(
 class _Parts(NamedTuple):
     """`programs` partial sums, of rows_per_program rows each.
 
-    tile: the rows and columns of a step, and the compiler's options; is_wide: of part of a row.
+    tile: the rows and columns of a step, and the compiler's options; is_wide: see `is_wide`.
     """
 
     programs: int
@@ -238,17 +238,21 @@ class _Parts(NamedTuple):
     is_wide: bool
 
 
+def is_wide(n: int) -> bool:
+    """Whether rows of n numbers do not fit registers, and are read once per loop."""
+    return n > _MAX_N
+
+
 @cache
 def _parts_of(rows: int, n: int) -> _Parts:
-    is_wide = n > _MAX_N
-    options = tile(min(n, _WIDE_BLOCK) if is_wide else n, 2048)
+    options = tile(min(n, _WIDE_BLOCK) if is_wide(n) else n, 2048)
     rows_per_program = triton.cdiv(rows, max(1, _WARPS // options["num_warps"]))
-    block_m = 1 if is_wide else options["BLOCK_M"]
+    block_m = 1 if is_wide(n) else options["BLOCK_M"]
     rows_per_program = triton.cdiv(max(rows_per_program, 1), block_m) * block_m
-    return _Parts(triton.cdiv(rows, rows_per_program), rows_per_program, options, is_wide)
+    return _Parts(triton.cdiv(rows, rows_per_program), rows_per_program, options, is_wide(n))
 
 
-def _backward_launch(problem: Any, *_: bool) -> Launch:
+def _backward_launch(problem: Any) -> Launch:
     rows, n = problem.rows, problem.n
     parts = _parts_of(rows, n)
     options = dict(parts.tile)
@@ -299,15 +303,13 @@ def backward(
         else torch.empty(parts.programs, n, dtype=torch.float32, device=grad.device)
         for grad in (dweight, dbias)
     )
-    absent = dweight is None, dbias is None
     partial = dweight_partial, dbias_partial
     if rows and not parts.is_wide:
-        key = (problem, *absent, dsummed is None, weight is None)
-        _launch_backward(key, dx, *partial, dnormed, dsummed, summed, weight)
+        _launch_backward((problem,), dx, *partial, dnormed, dsummed, summed, weight)
     elif rows:
         _wide_backward(problem, parts, dx, *partial, dnormed, dsummed, summed, weight)
     if dweight is not None or dbias is not None:
-        key = (parts.programs, n, problem.parameter_dtype, problem.device, *absent)
+        key = (parts.programs, n, problem.parameter_dtype, problem.device)
         _launch_sum(key, dweight, dbias, *partial)
 
 

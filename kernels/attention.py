@@ -15,13 +15,16 @@ from torch import Tensor
 
 from leedl_fast.kernels import attention_decode
 from leedl_fast.kernels.attention_arguments import (
-    call_of,
+    Heads,
+    Layout,
+    call_maker,
     descriptors_of,
-    heads,
+    layout_of,
+    options_of,
     own_descriptors_of,
     tiles_of,
 )
-from leedl_fast.kernels.attention_blocks import blocks_for, programs_for
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for, programs_for
 from leedl_fast.kernels.attention_scores import (
     head_of,
     place_of,
@@ -31,6 +34,7 @@ from leedl_fast.kernels.attention_scores import (
 )
 from leedl_fast.kernels.attention_softmax import attend, normalized
 from leedl_fast.kernels.attention_tiles import Matrix, key_tiles, load_own, store_own
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 
 class Operands(NamedTuple):
@@ -124,10 +128,51 @@ def _forward_kernel(
         v_descriptor,
     )
     if IS_PERSISTENT:
-        for number in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        # What is the same for all tiles is made again for each: kept, it would spill.
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
             _forward_tile(number, operands, call, BLOCK_M, BLOCK_N)
     else:
         _forward_tile(tl.program_id(0), operands, call, BLOCK_M, BLOCK_N)
+
+
+def _forward_launch(layout: Layout, blocks: Blocks, *strides: tuple[int, ...]) -> Launch:
+    """strides: of out, q, k and v."""
+    problem, make_call = layout.problem, call_maker(layout)
+    of_out, of_q, of_k, of_v = (of[:3] for of in strides)
+    tiles = problem.batch * problem.num_heads * tiles_of(problem, problem.seqlen_q, blocks.own)
+
+    def arranged(
+        out: Any, lse: Any, base: Any, inverse_sum: Any, q: Any, k: Any, v: Any, *others: Any
+    ) -> tuple:
+        return (
+            Heads(out, *of_out),
+            lse,
+            base,
+            inverse_sum,
+            Heads(q, *of_q),
+            Heads(k, *of_k),
+            Heads(v, *of_v),
+            *own_descriptors_of(problem, blocks, (out,), (q,)),
+            *descriptors_of(blocks, blocks.step, k, v),
+            make_call(*others),
+        )
+
+    return Launch(
+        _forward_kernel,
+        programs_for(blocks, tiles, problem.device),
+        (tiles,),
+        {
+            "BLOCK_M": blocks.own,
+            "BLOCK_N": blocks.step,
+            "IS_PERSISTENT": blocks.programs_per_sm > 0,
+        },
+        options_of(blocks),
+        arranged,
+        needs_tensors=blocks.descriptors,
+    )
+
+
+_launch_forward = Launcher(_forward_launch)
 
 
 def forward(
@@ -148,29 +193,13 @@ def forward(
     """
     if out.numel() == 0 and (lse is None or lse.numel() == 0):
         return
-    call = call_of(problem, *others)
+    layout = layout_of(problem, *others)
     is_softmax = problem.normalizer == "softmax"
     statistics = (lse, base, inverse_sum) if is_softmax else (None, None, None)
     splits = attention_decode.splits_of(problem)
     if splits is not None:
+        call = call_maker(layout)(*others)
         attention_decode.forward(problem, splits, out, statistics, q, k, v, call)
         return
-    blocks = blocks_for("forward", problem)
-    tiles = problem.batch * problem.num_heads * tiles_of(problem, problem.seqlen_q, blocks.own)
-    _forward_kernel[(programs_for(blocks, tiles, problem.device),)](
-        heads(out),
-        *statistics,
-        heads(q),
-        heads(k),
-        heads(v),
-        *own_descriptors_of(problem, blocks, (out,), (q,)),
-        *descriptors_of(blocks, blocks.step, k, v),
-        call,
-        tiles,
-        BLOCK_M=blocks.own,
-        BLOCK_N=blocks.step,
-        IS_PERSISTENT=blocks.programs_per_sm > 0,
-        num_warps=blocks.num_warps,
-        num_stages=blocks.num_stages,
-        enable_fp_fusion=False,
-    )
+    key = layout, blocks_for("forward", problem), *strides_of(out, q, k, v)
+    _launch_forward(key, out, *statistics, q, k, v, *others)

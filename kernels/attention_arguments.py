@@ -4,6 +4,8 @@ A field that is None costs nothing: what would read it is not compiled.
 """
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -73,29 +75,52 @@ class Call(NamedTuple):
     PRECISION: Any
 
 
+class Layout(NamedTuple):
+    """What decides a Call but for the tensors, or their addresses, in it.
+
+    bias_strides: 0 along what is broadcast, None without a bias. slopes_dim: alibi_slopes' number
+    of dimensions. dtypes: of the tensors.
+    """
+
+    problem: Any
+    precision: str
+    bias_strides: tuple[int, ...] | None
+    slopes_dim: int | None
+    dtypes: tuple[torch.dtype | None, ...]
+
+
 def heads(x: Tensor) -> Heads:
     return Heads(x, *x.stride()[:3])
 
 
-def call_of(
+def layout_of(
     problem: Any,
     bias: Tensor | None,
     sinks: Tensor | None,
     alibi_slopes: Tensor | None,
-    key_lengths: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    seed: Tensor | None,
-) -> Call:
-    """problem: the Problem of leedl_fast.ops.attention_problem, the tensors its Inputs."""
+    *others: Tensor | None,
+) -> Layout:
+    """problem: the Problem of leedl_fast.ops.attention_problem; the tensors, its Inputs after v."""
+    return Layout(
+        problem,
+        precision(problem.dtype),
+        None if bias is None else _broadcast(bias),
+        None if alibi_slopes is None else alibi_slopes.dim(),
+        tuple([None if x is None else x.dtype for x in (bias, sinks, alibi_slopes, *others)]),
+    )
+
+
+@lru_cache(maxsize=256)
+def call_maker(layout: Layout) -> Callable[..., Call]:
+    """make(bias, sinks, alibi_slopes, key_lengths, cu_seqlens_q, cu_seqlens_k, seed) -> Call."""
+    problem = layout.problem
     scale, softcap = problem.softmax_scale, problem.softcap
     # A positive scale alone is folded into the exponents' factor.
     is_folded = problem.normalizer == "softmax" and scale > 0
-    is_folded &= softcap is None and bias is None and alibi_slopes is None
+    is_folded &= softcap is None and layout.bias_strides is None and layout.slopes_dim is None
     score_scale = scale if softcap is None else scale / softcap
     log2_e = math.log2(math.e)
-    slopes_by_sample = alibi_slopes is not None and alibi_slopes.dim() == 2
-    return Call(
+    sizes = (
         problem.num_heads,
         problem.num_heads // max(problem.num_heads_k, 1),
         problem.seqlen_q,
@@ -106,34 +131,48 @@ def call_of(
         scale * log2_e if is_folded else log2_e,
         None if is_folded else score_scale,
         softcap,
-        None if bias is None else _broadcast(bias),
-        sinks,
-        alibi_slopes,
-        problem.num_heads if slopes_by_sample else 0,
-        key_lengths,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        problem.num_sequences,
-        seed,
-        int(problem.dropout_p * 2**32),
-        1 / (1 - problem.dropout_p),
-        *map(
-            tl.constexpr,
-            (
-                problem.normalizer,
-                problem.head_dim,
-                problem.head_dim_v,
-                padded(problem.head_dim),
-                padded(problem.head_dim_v),
-                precision(problem.dtype),
-            ),
-        ),
     )
+    slopes_stride = problem.num_heads if layout.slopes_dim == 2 else 0
+    dropout = int(problem.dropout_p * 2**32), 1 / (1 - problem.dropout_p)
+    constants = (
+        problem.normalizer,
+        problem.head_dim,
+        problem.head_dim_v,
+        padded(problem.head_dim),
+        padded(problem.head_dim_v),
+        layout.precision,
+    )
+    last = (*dropout, *map(tl.constexpr, constants))
+
+    def make(
+        bias: Any,
+        sinks: Any,
+        alibi_slopes: Any,
+        key_lengths: Any,
+        cu_seqlens_q: Any,
+        cu_seqlens_k: Any,
+        seed: Any,
+    ) -> Call:
+        return Call(
+            *sizes,
+            None if layout.bias_strides is None else Heads(bias, *layout.bias_strides),
+            sinks,
+            alibi_slopes,
+            slopes_stride,
+            key_lengths,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            problem.num_sequences,
+            seed,
+            *last,
+        )
+
+    return make
 
 
-def _broadcast(bias: Tensor) -> Heads:
+def _broadcast(bias: Tensor) -> tuple[int, ...]:
     strides = zip(bias.stride()[:3], bias.shape[:3], strict=True)
-    return Heads(bias, *(stride if size > 1 else 0 for stride, size in strides))
+    return tuple([stride if size > 1 else 0 for stride, size in strides])
 
 
 def own_descriptors_of(
@@ -175,6 +214,15 @@ def statistics_of(problem: Any, base: Tensor, inverse_sum: Tensor) -> Statistics
     if problem.normalizer != "softmax":
         return Statistics(None, None, None)
     return Statistics(base, inverse_sum, torch.empty_like(base))
+
+
+def options_of(blocks: Blocks) -> dict[str, Any]:
+    """The compiler's."""
+    return {
+        "num_warps": blocks.num_warps,
+        "num_stages": blocks.num_stages,
+        "enable_fp_fusion": False,
+    }
 
 
 def tiles_of(problem: Any, seqlen: int, block: int) -> int:

@@ -8,25 +8,27 @@ the forward pass made them: p = exp2(score * factor - base) * inverse_sum.
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from leedl_fast.kernels import attention_bias
 from leedl_fast.kernels.attention_arguments import (
-    Call,
+    Heads,
+    Layout,
     Statistics,
-    call_of,
+    call_maker,
     descriptors_of,
     heads,
+    layout_of,
+    options_of,
     own_descriptors_of,
     statistics_of,
     tiles_of,
 )
-from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for
+from leedl_fast.kernels.attention_delta import fill_delta
 from leedl_fast.kernels.attention_scores import (
-    LOG2_E,
     head_of,
     is_kept,
     load_statistics,
@@ -47,39 +49,10 @@ from leedl_fast.kernels.attention_tiles import (
     load_rows,
     load_tile,
     query_tiles,
-    sees_one_key,
     store_own,
     store_rows,
 )
-
-_DELTA_BLOCK = 32
-
-
-@triton.jit
-def _delta_kernel(statistics, part_dsinks_ptr, dlse_ptr, dout, out, call, BLOCK_M: tl.constexpr):
-    """delta = dout . out - dlse, and what these rows give to dsinks; one program owns BLOCK_M
-    queries of one head.
-    """
-    place = place_of(tl.program_id(0), call, False, BLOCK_M)
-    head, batch, seqlen_q = place.head, place.batch, place.seqlen_q
-    query = place.first + tl.arange(0, BLOCK_M)
-    dout_ptr = head_of(dout, batch, head, place.first_query)
-    out_ptr = head_of(out, batch, head, place.first_query)
-    do = load_rows(dout_ptr, query, dout.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
-    o = load_rows(out_ptr, query, out.stride_m, seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV, True)
-    delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    if call.sinks is None:
-        delta = tl.where(sees_one_key(query, window_of(call, place)), 0.0, delta)
-    row = statistics_row(call, place, head) + query
-    exists = query < seqlen_q
-    if dlse_ptr is not None:
-        delta -= tl.load(dlse_ptr + row, exists, other=0)
-    tl.store(statistics.delta + row, delta, exists)
-    if call.sinks is not None:
-        sink = tl.load(call.sinks + head) * LOG2_E
-        inverse_sum = tl.load(statistics.inverse_sum + row, exists, other=0)
-        p = tl.exp2(sink - tl.load(statistics.base + row, exists, other=sink)) * inverse_sum
-        tl.store(part_dsinks_ptr + tl.program_id(0), -tl.sum(p * delta))
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 
 @triton.jit
@@ -304,6 +277,63 @@ def _key_value_kernel(
     store_rows(dv_ptr, acc_dv, key, dv.stride_m, seqlen_k, call.HEAD_DIM_V, call.BLOCK_DV)
 
 
+def _query_launch(layout: Layout, blocks: Blocks, *strides: tuple[int, ...]) -> Launch:
+    """strides: of dq, dout, q, k and v."""
+    problem, make_call = layout.problem, call_maker(layout)
+    of_heads = [of[:3] for of in strides]
+    tiles = tiles_of(problem, problem.seqlen_q, blocks.own)
+
+    def arranged(*tensors: Any) -> tuple:
+        dq, dout, q, k, v = tensors[:5]
+        return (
+            *(Heads(x, *of) for x, of in zip(tensors, of_heads, strict=False)),
+            *own_descriptors_of(problem, blocks, (dq,), (dout, q)),
+            *descriptors_of(blocks, blocks.step, k, v),
+            Statistics(*tensors[5:8]),
+            make_call(*tensors[8:]),
+        )
+
+    return Launch(
+        _query_kernel,
+        problem.batch * problem.num_heads * tiles,
+        (),
+        {"BLOCK_M": blocks.own, "BLOCK_N": blocks.step},
+        options_of(blocks),
+        arranged,
+        needs_tensors=blocks.descriptors,
+    )
+
+
+def _key_value_launch(layout: Layout, blocks: Blocks, *strides: tuple[int, ...]) -> Launch:
+    """strides: of dk, dv, dout, q, k and v."""
+    problem, make_call = layout.problem, call_maker(layout)
+    of_heads = [of[:3] for of in strides]
+    tiles = tiles_of(problem, problem.seqlen_k, blocks.own)
+
+    def arranged(*tensors: Any) -> tuple:
+        dout, q = tensors[2:4]
+        return (
+            *(Heads(x, *of) for x, of in zip(tensors, of_heads, strict=False)),
+            *descriptors_of(blocks, blocks.step, q, dout),
+            Statistics(*tensors[6:9]),
+            make_call(*tensors[9:]),
+        )
+
+    return Launch(
+        _key_value_kernel,
+        problem.batch * problem.num_heads_k * tiles,
+        (),
+        {"BLOCK_N": blocks.own, "BLOCK_M": blocks.step},
+        options_of(blocks),
+        arranged,
+        needs_tensors=blocks.descriptors,
+    )
+
+
+_launch_query = Launcher(_query_launch)
+_launch_key_value = Launcher(_key_value_launch)
+
+
 def backward(
     problem: Any,
     dq: Tensor,
@@ -316,7 +346,6 @@ def backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     *others: Tensor | None,
 ) -> None:
     """Fills the gradients; dlse and the statistics as `attention.forward` has lse and them.
@@ -325,71 +354,17 @@ def backward(
     and the statistics base and inverse_sum of the forward pass.
     """
     *options, out, base, inverse_sum = others
-    call = call_of(problem, bias, *options)
+    layout = layout_of(problem, *options)
     statistics = statistics_of(problem, base, inverse_sum)
     if statistics.delta is not None:
-        _fill_delta(problem, statistics, dsinks, dlse, dout, out, call)
-    tensors = heads(dout), heads(q), heads(k), heads(v)
+        fill_delta(layout, statistics, dsinks, dlse, dout, out, options)
+    inputs = dout, q, k, v
     if dq.numel():
-        blocks = blocks_for("query", problem)
-        tiles = tiles_of(problem, problem.seqlen_q, blocks.own)
-        _query_kernel[(problem.batch * problem.num_heads * tiles,)](
-            heads(dq),
-            *tensors,
-            *own_descriptors_of(problem, blocks, (dq,), (dout, q)),
-            *descriptors_of(blocks, blocks.step, k, v),
-            statistics,
-            call,
-            BLOCK_M=blocks.own,
-            BLOCK_N=blocks.step,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            enable_fp_fusion=False,
-        )
+        key = layout, blocks_for("query", problem), *strides_of(dq, *inputs)
+        _launch_query(key, dq, *inputs, *statistics, *options)
     if dk.numel() or dv.numel():
-        blocks = blocks_for("key_value", problem)
-        tiles = tiles_of(problem, problem.seqlen_k, blocks.own)
-        _key_value_kernel[(problem.batch * problem.num_heads_k * tiles,)](
-            heads(dk),
-            heads(dv),
-            *tensors,
-            *descriptors_of(blocks, blocks.step, q, dout),
-            statistics,
-            call,
-            BLOCK_N=blocks.own,
-            BLOCK_M=blocks.step,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            enable_fp_fusion=False,
-        )
+        key = layout, blocks_for("key_value", problem), *strides_of(dk, dv, *inputs)
+        _launch_key_value(key, dk, dv, *inputs, *statistics, *options)
     if problem.wants_dbias:
-        attention_bias.backward(problem, dbias, *tensors, statistics, call)
-
-
-def _fill_delta(
-    problem: Any,
-    statistics: Statistics,
-    dsinks: Tensor,
-    dlse: Tensor | None,
-    dout: Tensor,
-    out: Tensor,
-    call: Call,
-) -> None:
-    tiles = tiles_of(problem, problem.seqlen_q, _DELTA_BLOCK)
-    part_dsinks = None
-    if problem.has_sinks:
-        part_dsinks = dsinks.new_empty(problem.batch, problem.num_heads, tiles)
-    if statistics.delta.numel():
-        _delta_kernel[(problem.batch * problem.num_heads * tiles,)](
-            statistics,
-            part_dsinks,
-            dlse,
-            heads(dout),
-            heads(out),
-            call,
-            BLOCK_M=_DELTA_BLOCK,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
-    if part_dsinks is not None:
-        torch.sum(part_dsinks, (0, 2), out=dsinks)
+        call = call_maker(layout)(*options)
+        attention_bias.backward(problem, dbias, *map(heads, inputs), statistics, call)

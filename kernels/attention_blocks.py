@@ -4,6 +4,8 @@
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import torch
 from leedl_fast.kernels.attention_tiles import padded
 
 KERNELS = ("forward", "decode", "query", "key_value", "bias")
+_changes: dict[str, dict[str, Any]] = {}  # by kernel, see `changed`
 _NARROW = 256  # of a window of at most so many keys, large tiles would compute mostly hidden pairs
 
 
@@ -126,10 +129,24 @@ def blocks_for(kernel: str, problem: Any) -> Blocks:
     else:
         row = _BLOCKS.get(key) or _BLOCKS[key._replace(narrow=False)]
         blocks = row[architecture(problem.device)]
+    blocks = blocks._replace(**_changes.get(kernel, {}))
     needs_registers = problem.bias_shape is not None or problem.softcap is not None
     if needs_registers or problem.dropout_p > 0:
         blocks = blocks._replace(step=max(blocks.step // 2, 16))
     return blocks
+
+
+@contextmanager
+def changed(kernels: Sequence[str] = KERNELS, **fields: Any) -> Iterator[None]:
+    """Inside, these kernels take the tiles that they would take, but for these fields of Blocks."""
+    before = dict(_changes)
+    for kernel in kernels:
+        _changes[kernel] = _changes.get(kernel, {}) | fields
+    try:
+        yield
+    finally:
+        _changes.clear()
+        _changes.update(before)
 
 
 def key_of_rows(itemsize: int, block_n: int) -> Key:

@@ -207,10 +207,12 @@ def store_rows(ptr, tile, row, stride, row_end, DIM: tl.constexpr, BLOCK: tl.con
 
 
 def padded(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 dots are IEEE's unless the user allows torch the faster ones."""
-    is_exact = dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    """float32 dots are IEEE's unless the user allows torch the faster ones, by `allow_tf32` or by
+    `fp32_precision`: the first cannot be read once the second was written.
+    """
+    is_exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     return "ieee" if is_exact else "tf32"

@@ -6,15 +6,20 @@ in the batch. fp fusion is off: noise, noisy samples and steps in float32 are th
 for bit. `leedl_fast.reference.diffusion` states the formulas.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from leedl_fast.kernels.launching import Launch, Launcher
 from leedl_fast.kernels.philox import standard_normal
 
 _BLOCK = 1024
-_OPTIONS = {"BLOCK": _BLOCK, "num_warps": 4, "enable_fp_fusion": False}
+_CONSTANTS = {"BLOCK": _BLOCK}
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -180,49 +185,71 @@ def _step_kernel(
     tl.store(prev_sample_ptr + offset, prev_sample.to(prev_sample_ptr.dtype.element_ty), i < n)
 
 
-def _grid(batch: int, n: int) -> tuple[int]:
-    return (batch * triton.cdiv(n, _BLOCK),)
+def _blocks(problem: Any) -> int:
+    """How many programs make one sample."""
+    return triton.cdiv(problem.n, _BLOCK)
 
 
-def randn(out: Tensor, seeds: Tensor, batch: int, n: int) -> None:
+def _launcher(kernel: Any, numbers: Callable[[Any], tuple] = lambda problem: ()) -> Launcher:
+    """Of a kernel that takes n and numbers(problem) after its tensors."""
+
+    def plan(problem: Any) -> Launch:
+        programs = problem.batch * _blocks(problem)
+        return Launch(kernel, programs, (problem.n, *numbers(problem)), _CONSTANTS, _OPTIONS)
+
+    return Launcher(plan)
+
+
+def _sum_launch(problem: Any) -> Launch:
+    return Launch(_loss_sum_kernel, problem.batch, (_blocks(problem),), _CONSTANTS, _OPTIONS)
+
+
+_launch_randn = _launcher(_randn_kernel)
+_launch_add_noise = _launcher(_add_noise_kernel)
+_launch_loss_partial = _launcher(_loss_partial_kernel)
+_launch_loss_sum = Launcher(_sum_launch)
+_launch_loss_backward = _launcher(_loss_backward_kernel)
+_launch_step = _launcher(_step_kernel, lambda problem: (problem.guidance_scale, problem.clip_range))
+
+
+def randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
+    """problem: the Problem of leedl_fast.ops.diffusion_operators, here and below."""
     if out.numel():
-        _randn_kernel[_grid(batch, n)](out, seeds, n, **_OPTIONS)
+        _launch_randn((problem,), out, seeds)
 
 
 def add_noise(
+    problem: Any,
     noisy: Tensor,
     sample: Tensor,
     noise: Tensor | None,
     coefficients: Tensor,
     seeds: Tensor | None,
-    batch: int,
-    n: int,
 ) -> None:
     if noisy.numel():
-        _add_noise_kernel[_grid(batch, n)](noisy, sample, noise, coefficients, seeds, n, **_OPTIONS)
+        _launch_add_noise((problem,), noisy, sample, noise, coefficients, seeds)
 
 
 def noise_prediction_loss_forward(
+    problem: Any,
     sums: Tensor,
     model_output: Tensor,
     sample: Tensor | None,
     noise: Tensor | None,
     coefficients: Tensor,
     seeds: Tensor | None,
-    batch: int,
-    n: int,
 ) -> None:
-    (programs,) = _grid(batch, n)
+    programs = problem.batch * _blocks(problem)
     partial = torch.empty(programs, dtype=torch.float64, device=sums.device)
     if programs:
-        _loss_partial_kernel[(programs,)](
-            partial, model_output, sample, noise, coefficients, seeds, n, **_OPTIONS
-        )
-    if batch:
-        _loss_sum_kernel[(batch,)](sums, partial, programs // batch, **_OPTIONS)
+        tensors = partial, model_output, sample, noise, coefficients, seeds
+        _launch_loss_partial((problem,), *tensors)
+    if problem.batch:
+        _launch_loss_sum((problem,), sums, partial)
 
 
 def noise_prediction_loss_backward(
+    problem: Any,
     dmodel_output: Tensor,
     model_output: Tensor,
     sample: Tensor | None,
@@ -230,24 +257,14 @@ def noise_prediction_loss_backward(
     coefficients: Tensor,
     dsums: Tensor,
     seeds: Tensor | None,
-    batch: int,
-    n: int,
 ) -> None:
     if dmodel_output.numel():
-        _loss_backward_kernel[_grid(batch, n)](
-            dmodel_output,
-            model_output,
-            sample,
-            noise,
-            coefficients,
-            dsums,
-            seeds,
-            n,
-            **_OPTIONS,
-        )
+        tensors = dmodel_output, model_output, sample, noise, coefficients, dsums, seeds
+        _launch_loss_backward((problem,), *tensors)
 
 
 def step(
+    problem: Any,
     prev_sample: Tensor,
     model_output: Tensor,
     unconditional_output: Tensor | None,
@@ -256,14 +273,10 @@ def step(
     coefficients: Tensor,
     seeds: Tensor | None,
     streams: Tensor | None,
-    batch: int,
-    n: int,
-    *,
-    guidance_scale: float,
-    clip_range: float | None,
 ) -> None:
     if prev_sample.numel():
-        _step_kernel[_grid(batch, n)](
+        _launch_step(
+            (problem,),
             prev_sample,
             model_output,
             unconditional_output,
@@ -272,8 +285,4 @@ def step(
             coefficients,
             seeds,
             streams,
-            n,
-            guidance_scale,
-            clip_range,
-            **_OPTIONS,
         )

@@ -11,10 +11,16 @@ _MOST = 4096  # launches that are kept
 _ALIGNMENT = 16  # bytes; Triton compiles another kernel for addresses that are no multiple
 
 
-class Launch(NamedTuple):
-    """What follows the tensors in a kernel's arguments: numbers, then constants, in its order.
+def strides_of(*tensors: Tensor) -> list[tuple[int, ...]]:
+    return [tensor.stride() for tensor in tensors]
 
-    programs: how many run. options: the compiler's, num_warps among them.
+
+class Launch(NamedTuple):
+    """A kernel's arguments: what `arranged` makes of the tensors, then numbers, then constants, in
+    the kernel's order.
+
+    programs: how many run. options: the compiler's, num_warps among them. arranged: takes the
+    tensors or, unless needs_tensors, their addresses.
     """
 
     kernel: Any
@@ -22,28 +28,31 @@ class Launch(NamedTuple):
     numbers: tuple
     constants: dict[str, Any]
     options: dict[str, Any]
+    arranged: Callable[..., tuple] = lambda *tensors: tensors
+    needs_tensors: bool = False
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """The compiled kernel, or None where nothing is compiled."""
         return self.kernel[(self.programs, 1, 1)](
-            *tensors, *self.numbers, **self.constants, **self.options
+            *self.arranged(*tensors), *self.numbers, **self.constants, **self.options
         )
 
 
 class Launcher:
     """Launches `plan(*key)` with tensors, which come first in the kernel's arguments.
 
-    The key decides all but their addresses: dtypes, device, which of them are None.
+    The key, and which tensors are None, decide all but their addresses: dtypes, device, strides.
     """
 
     def __init__(self, plan: Callable[..., Launch]) -> None:
         self._plan = plan
-        self._bound: dict[Hashable, tuple[Callable[..., None], tuple]] = {}
+        self._bound: dict[Hashable, tuple[Callable[..., None], Launch, tuple]] = {}
 
     def __call__(self, key: tuple, *tensors: Tensor | None) -> None:
-        bits = 0
+        bits = absent = 0
         pointers: list[int | None] = []
         for tensor in tensors:
+            absent = 2 * absent + (tensor is None)
             if tensor is None:
                 pointers.append(None)
             else:
@@ -51,18 +60,18 @@ class Launcher:
                 bits |= pointer
                 pointers.append(pointer)
         is_aligned = bits % _ALIGNMENT == 0
-        bound = self._bound.get(key) if is_aligned else None
+        bound = self._bound.get((key, absent)) if is_aligned else None
         if bound is not None:
-            run, others = bound
-            run(*pointers, *others)
+            run, launch, others = bound
+            run(*launch.arranged(*pointers), *others)
             return
         launch = self._plan(*key)
         compiled = launch.run(tensors)
-        if compiled is not None and is_aligned:
+        if compiled is not None and is_aligned and not launch.needs_tensors:
             if len(self._bound) >= _MOST:
                 self._bound.clear()
             others = (*launch.numbers, *launch.constants.values())
-            self._bound[key] = compiled[(launch.programs, 1, 1)], others
+            self._bound[key, absent] = compiled[(launch.programs, 1, 1)], launch, others
 
     def forget(self) -> None:
         """What was bound; another plan may hold now."""

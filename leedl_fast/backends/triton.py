@@ -144,33 +144,27 @@ def _add_layer_norm_dropout_backward(problem: Any, *tensors: Tensor) -> None:
 
 @_on_its_device
 def _randn(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").randn(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").randn(problem, *tensors)
 
 
 @_on_its_device
 def _add_noise(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").add_noise(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").add_noise(problem, *tensors)
 
 
 @_on_its_device
 def _loss_forward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").noise_prediction_loss_forward(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").noise_prediction_loss_forward(problem, *tensors)
 
 
 @_on_its_device
 def _loss_backward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").noise_prediction_loss_backward(*tensors, problem.batch, problem.n)
+    _kernels("diffusion").noise_prediction_loss_backward(problem, *tensors)
 
 
 @_on_its_device
 def _step(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").step(
-        *tensors,
-        problem.batch,
-        problem.n,
-        guidance_scale=problem.guidance_scale,
-        clip_range=problem.clip_range,
-    )
+    _kernels("diffusion").step(problem, *tensors)
 
 
 @_on_its_device

@@ -65,8 +65,9 @@ def _same_by_descriptors(
         patch.setattr(attention_arguments, "_is_describable", record)
         by_pointers = run()
         assert not described
-        patch.setattr(attention_blocks, "_BLOCKS", _with_descriptors())
-        for ours, theirs in zip(run(), by_pointers, strict=True):
+        with attention_blocks.changed(descriptors=True):
+            described_run = run()
+        for ours, theirs in zip(described_run, by_pointers, strict=True):
             assert torch.equal(_bits(ours), _bits(theirs))
     return described
 
@@ -87,24 +88,14 @@ def test_few_programs_that_walk_the_tiles_make_the_same_bits(
         grids.append((args[1], programs_for(*args)))
         return grids[-1][1]
 
-    shared = {
-        key: {kind: blocks._replace(programs_per_sm=2) for kind, blocks in row.items()}
-        for key, row in attention_blocks._BLOCKS.items()
-    }
-    monkeypatch.setattr(attention_blocks, "_BLOCKS", shared)
     monkeypatch.setattr(attention_blocks, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(attention_kernels, "programs_for", record)
-    for ours, theirs in zip(attention(q, k, v, **options), alone, strict=True):
+    with attention_blocks.changed(programs_per_sm=2):
+        shared = attention(q, k, v, **options)
+    for ours, theirs in zip(shared, alone, strict=True):
         assert torch.equal(_bits(ours), _bits(theirs))
     ((tiles, programs),) = grids
     assert programs == 4 < tiles
-
-
-def _with_descriptors() -> dict[Any, Any]:
-    return {
-        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
-        for key, row in attention_blocks._BLOCKS.items()
-    }
 
 
 @triton.jit

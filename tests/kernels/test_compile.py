@@ -30,6 +30,7 @@ from leedl_fast.kernels import (
 from leedl_fast.ops.add_layer_norm import Problem as AddLayerNormProblem
 from leedl_fast.ops.additive_attention import Problem as AdditiveAttentionProblem
 from leedl_fast.ops.attention_problem import Inputs, describe
+from leedl_fast.ops.diffusion_operators import Problem as DiffusionProblem
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -163,20 +164,16 @@ def _diffusion(dtype: torch.dtype) -> Launch:
     )
     sums = torch.empty(batch, dtype=torch.float64)
 
-    def step(noise: Tensor | None, seeds: Tensor | None, clip_range: float | None) -> None:
-        diffusion.step(
-            *(x, x, x, x, noise, six, seeds, seeds, batch, n),
-            guidance_scale=2.0,
-            clip_range=clip_range,
-        )
+    problem = DiffusionProblem((batch, n), dtype, x.device, 2.0)
+    clipped = problem._replace(clip_range=1.0)
 
     def launch() -> None:
-        diffusion.randn(x, seeds, batch, n)
-        diffusion.add_noise(x, x, None, two, seeds, batch, n)
-        diffusion.noise_prediction_loss_forward(sums, x, x, None, two, seeds, batch, n)
-        diffusion.noise_prediction_loss_backward(x, x, x, None, two, sums, seeds, batch, n)
-        step(None, seeds, 1.0)
-        step(x, None, None)
+        diffusion.randn(problem, x, seeds)
+        diffusion.add_noise(problem, x, x, None, two, seeds)
+        diffusion.noise_prediction_loss_forward(problem, sums, x, x, None, two, seeds)
+        diffusion.noise_prediction_loss_backward(problem, x, x, x, None, two, sums, seeds)
+        diffusion.step(clipped, x, x, x, x, None, six, seeds, seeds)
+        diffusion.step(problem, x, x, x, x, x, six, None, None)
 
     return launch
 
@@ -212,6 +209,8 @@ CASES: list[tuple[str, Launch, tuple[str, ...]]] = [
     ("attention-float32-64", _attention(float32, 64), ("sm_90",)),
     ("additive_attention-bfloat16-64", _additive_attention(bfloat16, 64), tuple(TARGETS)),
     ("additive_attention-float32-64", _additive_attention(float32, 64), ("sm_90",)),
+    ("additive_attention-float32-300", _additive_attention(float32, 300), tuple(TARGETS)),
+    ("additive_attention-bfloat16-256", _additive_attention(bfloat16, 256), ("sm_90",)),
     ("attention-extras", _attention(bfloat16, 64, **EXTRAS), ("sm_90",)),
     ("attention-packed", _attention(bfloat16, 128, packed=True), ("sm_90",)),
     ("attention-sigmoid", _attention(bfloat16, 128, normalizer="sigmoid"), ("sm_90",)),
@@ -272,12 +271,7 @@ def test_descriptors_load_and_store_without_spills(target: str, tmp_path: Path) 
     """In the forward pass, both loops of the backward one and decoding, where the table asks for
     them, on what `tuning.takes_descriptors` allows.
     """
-    described = {
-        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
-        for key, row in attention_blocks._BLOCKS.items()
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_blocks, "_BLOCKS", described)
+    with attention_blocks.changed(descriptors=True):
         whole = _attention(bfloat16, 128, window=1024)
         split = _attention(bfloat16, 128, seqlen_q=1, window=1024, with_backward=False)
         kernels = _compile(TARGETS[target], whole) + _compile(TARGETS[target], split)
@@ -296,15 +290,25 @@ def test_descriptors_load_and_store_without_spills(target: str, tmp_path: Path) 
         assert kernel.metadata.shared <= SHARED_MEMORY[target], name
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    ("tile", "target"),
+    [
+        ((64, 32, 4, 2, False, 2), "gfx942"),
+        ((64, 32, 4, 3, False, 2), "sm_90"),
+        ((64, 64, 4, 2, False, 2), "sm_90"),
+        ((64, 64, 4, 3, True, 2), "sm_90"),
+        ((128, 64, 8, 3, False, 1), "sm_90"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
-def test_programs_that_walk_tiles_do_not_spill(packed: bool, target: str, tmp_path: Path) -> None:
-    """With small tiles, one of those that `leedl-fast tune` tries."""
-    tile = attention_blocks.Blocks(64, 32, 4, 2, programs_per_sm=2)
-    shared = {key: dict.fromkeys(row, tile) for key, row in attention_blocks._BLOCKS.items()}
+def test_programs_that_walk_tiles_do_not_spill(
+    packed: bool, tile: tuple[int, ...], target: str, tmp_path: Path
+) -> None:
+    """With some of the tiles that `leedl-fast tune` tries."""
     launch = _attention(bfloat16, 128, packed=packed, with_backward=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_blocks, "_BLOCKS", shared)
+    fields = attention_blocks.Blocks(*tile)._asdict()
+    with attention_blocks.changed(**fields), pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_blocks, "multiprocessors", lambda device: 4)
         (kernel,) = _compile(TARGETS[target], launch)
     assert _spilled(kernel, tmp_path) == 0

@@ -53,7 +53,7 @@ def _parameters() -> Iterator[Any]:
             yield pytest.param(case, torch.float16, id=f"{case}-float16")
 
 
-@pytest.mark.parametrize(("case", "dtype"), _parameters())
+@pytest.mark.parametrize(("case", "dtype"), list(_parameters()))
 def test_conformance(case: Case, dtype: torch.dtype) -> None:
     expected = _expected(case, dtype)
     plain = outputs_and_gradients(case, dtype, "eager", device="cuda")
@@ -181,7 +181,7 @@ def test_long_rows_are_addressed_past_2_to_the_31() -> None:
 @pytest.mark.parametrize("window", [None, (300, 0)], ids=["full", "window"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_tensor_descriptors_load_what_pointers_load(
-    head_dim: int, window: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch
+    head_dim: int, window: tuple[int, int] | None
 ) -> None:
     if not tuning.takes_descriptors(torch.device("cuda")):
         pytest.skip("the kernels use no tensor descriptors on this GPU")
@@ -193,30 +193,20 @@ def test_tensor_descriptors_load_what_pointers_load(
         return out, *torch.autograd.grad(out, leaves, dout)
 
     by_pointers = run()
-    described = {
-        key: {kind: blocks._replace(descriptors=True) for kind, blocks in row.items()}
-        for key, row in attention_blocks._BLOCKS.items()
-    }
-    monkeypatch.setattr(attention_blocks, "_BLOCKS", described)
-    assert all(map(torch.equal, run(), by_pointers))
+    with attention_blocks.changed(descriptors=True):
+        assert all(map(torch.equal, run(), by_pointers))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["window", "packed"])
-def test_few_programs_that_walk_the_tiles_make_the_same_bits(
-    packed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_few_programs_that_walk_the_tiles_make_the_same_bits(packed: bool) -> None:
     q, k, v = torch.randn(3, 1, 8, 5000, 64, device="cuda", dtype=torch.bfloat16)
     options = {"window": (100, 0), "backend": "triton"}
     if packed:
         options["cu_seqlens_q"] = torch.arange(0, 5001, 50, device="cuda")
     alone = attention(q, k, v, **options)
     for count in (1, 2):
-        shared = {
-            key: {kind: blocks._replace(programs_per_sm=count) for kind, blocks in row.items()}
-            for key, row in attention_blocks._BLOCKS.items()
-        }
-        monkeypatch.setattr(attention_blocks, "_BLOCKS", shared)
-        assert torch.equal(attention(q, k, v, **options), alone)
+        with attention_blocks.changed(programs_per_sm=count):
+            assert torch.equal(attention(q, k, v, **options), alone)
 
 
 def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
@@ -242,3 +232,25 @@ def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
         tensor.fill_(torch.nan)
     graph.replay()
     assert all(map(torch.equal, captured, first))
+
+
+def test_attention_and_steps_are_launched_again_bit_for_bit() -> None:
+    """With the same tensors elsewhere, and one of them not aligned."""
+    schedule = diffusion.NoiseSchedule.linear(10)
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        options = {"window": (70, 5), "dropout_p": 0.2, "seed": 3, "backend": "triton"}
+        out, lse = attention(*leaves, return_lse=True, **options)
+        gradients = torch.autograd.grad((out, lse), leaves, (tensors[0], torch.ones_like(lse)))
+        step = diffusion.ddpm_step(
+            tensors[0], 5, tensors[1], schedule, seed=4, clip_range=1.0, backend="triton"
+        )
+        return out, lse, *gradients, step
+
+    tensors = tuple(torch.randn(3, 2, 4, 130, 64, device="cuda"))
+    first = run(*tensors)
+    for offset in (0, 4, 1):
+        shifted = [x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) for x in tensors]
+        for _ in range(2):
+            assert all(map(torch.equal, run(*shifted), first))
