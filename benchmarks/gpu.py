@@ -6,6 +6,7 @@ run. benchmarks/gpu.sh runs this after the tests; nothing is checked for rightne
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ DEVICE = torch.device("cuda", 0)
 BACKEND = "triton"
 BUDGET_S = 0.5  # per comparison
 HEAD_DIM = 128
+GPU_LOST = 75  # the exit code that benchmarks/gpu.sh knows
 OURS = "leedl_fast"
 DESCRIPTORS = "leedl_fast, descriptors"
 WALKING = "leedl_fast, 2 programs per multiprocessor"  # which walk the forward pass' tiles
@@ -106,26 +108,13 @@ def _window_mask(seqlen: int, left: int, right: int, block: int = 128) -> BlockM
     )
 
 
-def _with_tiles(kernels: tuple[str, ...], **changes: Any) -> Wrap:
+def _with_tiles(kernels: tuple[str, ...], **fields: Any) -> Wrap:
     """A call with the tiles of these kernels of attention changed."""
 
     def wrap(run: Function) -> Function:
-        table = attention_blocks.tuned(DEVICE)  # goes before the kernels' own
-        kind = attention_blocks.architecture(DEVICE)
-        changed = {
-            key: row[kind]._replace(**changes)
-            for key, row in attention_blocks._BLOCKS.items()
-            if key.kernel in kernels
-        }
-
         def changed_run() -> Any:
-            before = dict(table)
-            table.update(changed)
-            try:
+            with attention_blocks.changed(kernels, **fields):
                 return run()
-            finally:
-                table.clear()
-                table.update(before)
 
         return changed_run
 
@@ -212,7 +201,7 @@ def _add_layer_norm(rows: int, n: int) -> dict:
         forward = {"ms": _milliseconds(peers), "bytes": 4 * tensor}
     backward_ms = _milliseconds(peers, lambda run: _gradients(run, leaves))
     backward = {"ms": backward_ms, "bytes": 4 * tensor}
-    if n > add_layer_norm_backward._MAX_N:
+    if add_layer_norm_backward.is_wide(n):
         backward["moved"] = 7 * tensor
     return {"forward": forward, "backward": backward}
 
@@ -296,25 +285,18 @@ CASES: dict[str, Callable[[], dict]] = {
 }
 
 
-def main(output: Path) -> None:
-    """Writes what is finished after every case, so that a time limit loses the rest alone."""
+def main(output: Path) -> int:
+    """Measures the cases that output does not hold yet, and writes it after each of them, so that a
+    time limit loses the rest alone. Returns GPU_LOST where the rest needs another process.
+    """
     # A backward pass is timed again and again on one graph, which must then keep its buffers.
     torch._functorch.config.donated_buffer = False
-    ceilings = measure_ceilings(
-        DEVICE, (torch.float32, torch.bfloat16), copy_bytes=1 << 30, matmul_size=8192, budget_s=1.0
-    )
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(DEVICE),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "copy_gb_per_s": ceilings.copy_bytes_per_s / 1e9,
-        "matmul_tflop_per_s": {
-            dtype: rate / 1e12 for dtype, rate in ceilings.matmul_flop_per_s.items()
-        },
-        "cases": {},
-    }
+    results = json.loads(output.read_text()) if output.exists() else _ceilings()
     for name, case in CASES.items():
+        if name in results["cases"]:
+            continue
         torch.compiler.reset()  # every case compiles the same functions, of which few are kept
+        start = time.perf_counter()
         try:
             measured = case()
         except Exception as error:
@@ -323,8 +305,39 @@ def main(output: Path) -> None:
             for part in measured.values():
                 _add_rates(part, results)
             results["cases"][name] = measured
+        results["seconds"][name] = time.perf_counter() - start
         print(name, json.dumps(results["cases"][name]), flush=True)
         write_file(json.dumps(results, indent=1).encode(), output)
+        if _is_gpu_lost():
+            return GPU_LOST
+    return 0
+
+
+def _ceilings() -> dict[str, Any]:
+    """The results before the first case."""
+    ceilings = measure_ceilings(
+        DEVICE, (torch.float32, torch.bfloat16), copy_bytes=1 << 30, matmul_size=8192, budget_s=1.0
+    )
+    return {
+        "device": torch.cuda.get_device_name(DEVICE),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "copy_gb_per_s": ceilings.copy_bytes_per_s / 1e9,
+        "matmul_tflop_per_s": {
+            dtype: rate / 1e12 for dtype, rate in ceilings.matmul_flop_per_s.items()
+        },
+        "cases": {},
+        "seconds": {},
+    }
+
+
+def _is_gpu_lost() -> bool:
+    """After an illegal access, whatever else the process asks of it fails."""
+    try:
+        synchronized(lambda: None, DEVICE)()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _add_rates(part: dict[str, Any], ceilings: dict[str, Any]) -> None:
@@ -343,4 +356,4 @@ def _add_rates(part: dict[str, Any], ceilings: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,7 +1,9 @@
 """benchmarks/gpu.py without a GPU: every case at a tiny size, on the CPU backend."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import torch
 import torch._functorch.config
 from torch.nn.attention.flex_attention import create_block_mask
 
-from leedl_fast.benchmarks import gpu
+from leedl_fast.benchmarks import gpu, gpu_report
+from leedl_fast.ops.attention_problem import Inputs, describe
 from leedl_fast.testing.bench import Ceilings
 
 
@@ -97,13 +100,47 @@ def test_the_plain_steps_are_the_librarys(on_cpu: None, monkeypatch: pytest.Monk
 
 
 def test_tiles_are_changed_only_while_they_are_measured(on_cpu: None) -> None:
-    table = gpu.attention_blocks.tuned(gpu.DEVICE)
-    assert table == {}
-    wrap = gpu._with_tiles(("forward", "query"), descriptors=True, programs_per_sm=2)
-    seen = wrap(lambda: dict(table))()
-    assert {key.kernel for key in seen} == {"forward", "query"}
-    assert all(blocks.descriptors and blocks.programs_per_sm == 2 for blocks in seen.values())
-    assert table == {}
+    q = torch.empty(1, 1, 8, 64, dtype=torch.bfloat16)
+    problem = describe(Inputs(q, q, q), 0.1, 8, 0, "softmax", None, 0.0, False)
+
+    def tiles() -> dict[str, Any]:
+        return {name: gpu.attention_blocks.blocks_for(name, problem) for name in ("query", "bias")}
+
+    before = tiles()
+    inside = gpu._with_tiles(("forward", "query"), descriptors=True, programs_per_sm=2)(tiles)()
+    assert inside["query"] == before["query"]._replace(descriptors=True, programs_per_sm=2)
+    assert inside["bias"] == before["bias"]
+    assert tiles() == before
+
+
+def test_another_process_goes_on_where_the_gpu_was_lost(
+    on_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+
+    def case(name: str) -> Any:
+        return lambda: ran.append(name) or {}
+
+    def lose() -> dict:
+        ran.append("lose")
+        monkeypatch.setattr(gpu, "synchronized", _fails)
+        raise RuntimeError("an illegal memory access was encountered")
+
+    cases = {"first": case("first"), "lose": lose, "last": case("last")}
+    monkeypatch.setattr(gpu, "CASES", cases)
+    assert gpu.main(tmp_path / "out.json") == gpu.GPU_LOST
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "CASES", cases)
+    monkeypatch.setattr(gpu, "DEVICE", torch.device("cpu"))
+    assert gpu.main(tmp_path / "out.json") == 0
+    assert ran == ["first", "lose", "last"]
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert list(results["cases"]) == list(results["seconds"]) == ran
+    assert "illegal memory access" in results["cases"]["lose"]["error"]
+
+
+def _fails(*_: Any) -> Any:
+    raise RuntimeError("the GPU is lost")
 
 
 def test_the_script_asks_for_a_folder() -> None:
@@ -111,3 +148,116 @@ def test_the_script_asks_for_a_folder() -> None:
     finished = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert finished.returncode == 2
     assert "usage: benchmarks/gpu.sh FOLDER" in finished.stderr
+
+
+def _parts(folder: Path, steps: dict[str, tuple[int, str]]) -> Path:
+    """What gpu.sh leaves of steps that ended with a code and said something."""
+    folder.mkdir()
+    for name, (code, said) in steps.items():
+        (folder / f"{name}.log").write_text(said)
+        with open(folder / "steps.txt", "a") as file:
+            file.write(f"{name} {code} 3\n")
+    return folder
+
+
+def test_the_report_tells_what_ran_and_what_did_not(tmp_path: Path) -> None:
+    steps = {
+        "build": (0, ""),
+        "sanitizer": (1, "Error: Device not supported"),
+        "tests": (124, "the last words"),
+    }
+    parts = _parts(tmp_path / "parts", steps)
+    (parts / "measure.log").write_text("cut off")
+    outcomes = [
+        {"test": "a", "outcome": "began"},
+        {"test": "a", "outcome": "passed", "seconds": 2.5, "said": ""},
+        {"test": "b", "outcome": "failed", "seconds": 1.0, "said": "assert 1 == 2"},
+        {"test": "c", "outcome": "began"},
+    ]
+    lines = [json.dumps(outcome) for outcome in outcomes]
+    (parts / "outcomes-0.jsonl").write_text("\n".join(lines) + '\n{"test": "cut o')
+    (parts / "shard-0.txt").write_text("Segmentation fault")
+    assert gpu_report.main(parts, tmp_path) == 1
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: step["state"] for name, step in content["steps"].items()} == {
+        "build": "passed",
+        "doctor": "did not begin",
+        "sanitizer": "cannot run here",
+        "tests": "out of time",
+        "measure": "did not end",
+        "suite": "did not begin",
+    }
+    assert content["steps"]["tests"]["said_last"] == "the last words"
+    assert content["tests"]["counts"] == {"passed": 1, "failed": 1, "began": 1}
+    assert content["tests"]["not_passed"] == {"b": "assert 1 == 2", "c": ""}
+    assert "Segmentation fault" in (tmp_path / "gpu.log").read_text()
+    (parts / "steps.txt").write_text("build 0 3\nsanitizer 127 0\ntests 0 3\n")
+    assert gpu_report.main(parts, tmp_path) == 0
+
+
+STUB = """#!/bin/bash
+# Stands for Python: fails where it is told to, and leaves what the real one would leave.
+echo "$@" >>"$SAID"
+case "$*" in
+*gpu_report.py*) exec {python} "$@" ;;
+*"pip install"*) exit ${{BUILD:-0}} ;;
+*is_available*) exit 0 ;;
+*pytest*--outcomes*)
+    echo '{{"test": "t'$$'", "outcome": "'${{OUTCOME:-passed}}'"}}' >>"${{@: -1}}"
+    exit ${{TESTS:-0}} ;;
+*benchmarks.gpu*)
+    [ -e "${{@: -1}}" ] || {{ echo '{{"lost": 1}}' >"${{@: -1}}"; exit 75; }}
+    echo '{{"lost": 0}}' >"${{@: -1}}" ;;
+esac
+"""
+
+
+def _run_script(folder: Path, **environment: str) -> tuple[int, dict[str, Any], str]:
+    """(exit code, gpu.json, what Python was asked for) of gpu.sh with a stub for Python."""
+    stub = folder / "python"
+    stub.write_text(STUB.format(python=sys.executable))
+    (folder / "compute-sanitizer").write_text('#!/bin/bash\nexec "${@:7}"\n')
+    for file in (stub, folder / "compute-sanitizer"):
+        file.chmod(0o755)
+    said = folder / "said"
+    finished = subprocess.run(
+        ["bash", str(Path(gpu.__file__).with_name("gpu.sh")), str(folder / "out")],
+        env=os.environ
+        | {"PYTHON": str(stub), "PATH": f"{folder}:{os.environ['PATH']}", "SAID": str(said)}
+        | environment,
+        capture_output=True,
+        text=True,
+    )
+    content = json.loads((folder / "out" / "gpu.json").read_text())
+    return finished.returncode, content, said.read_text()
+
+
+def test_the_script_runs_every_step(tmp_path: Path) -> None:
+    code, content, said = _run_script(tmp_path)
+    assert code == 0
+    states = {name: step["state"] for name, step in content["steps"].items()}
+    assert states == dict.fromkeys(
+        ("build", "doctor", "sanitizer", "tests", "measure", "suite"), "passed"
+    )
+    assert content["tests"]["counts"]["passed"] == os.cpu_count()
+    assert said.count("benchmarks.gpu") == 2  # again after the GPU was lost
+    assert content["measured"] == {"lost": 0}
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files == ["gpu.json", "gpu.log"]
+
+
+def test_what_fails_loses_no_other_results(tmp_path: Path) -> None:
+    code, content, _ = _run_script(tmp_path, BUILD="1", TESTS="1", OUTCOME="failed")
+    assert code == 1
+    states = {name: step["state"] for name, step in content["steps"].items()}
+    assert states.pop("build") == states.pop("build-without-cpu") == "failed"
+    assert states.pop("tests") == "failed"
+    assert states == dict.fromkeys(("doctor", "sanitizer", "measure", "suite"), "passed")
+    assert content["tests"]["counts"]["failed"] == os.cpu_count()
+
+
+def test_tests_go_on_in_another_process_where_one_died(tmp_path: Path) -> None:
+    _, content, _ = _run_script(tmp_path, TESTS="139", OUTCOME="began")
+    assert content["tests"]["counts"]["began"] == 5 * (os.cpu_count() or 1)
+    assert content["steps"]["tests"]["state"] == "failed"
+    assert content["steps"]["measure"]["state"] == "passed"

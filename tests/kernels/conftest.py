@@ -1,12 +1,17 @@
-"""Starts the interpreted tests beside the compilations: each keeps one core busy for a minute."""
+"""Starts the interpreted tests beside the compilations: each keeps one core busy for a minute.
+Options for benchmarks/gpu.sh, which must learn what each test said even if its process dies.
+"""
 
+import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 INTERPRETED = [
     str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_tiles.py")
@@ -15,6 +20,17 @@ INTERPRETED = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", help="run every N-th test, from the I-th (of 0) on")
+    parser.addoption(
+        "--outcomes",
+        metavar="FILE",
+        help="a line of JSON for each test as it begins and as it ends; none in it is run again",
+    )
+    parser.addoption(
+        "--deadline",
+        metavar="SECONDS",
+        type=float,
+        help="of Unix time, from which on no test begins",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -23,6 +39,46 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if shard:
         index, count = map(int, shard.split("/"))
         items[:] = items[index::count]
+    path = config.getoption("--outcomes", None)
+    if path and Path(path).exists():
+        begun = {json.loads(line)["test"] for line in Path(path).read_text().splitlines()}
+        items[:] = [item for item in items if item.nodeid not in begun]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    deadline = item.config.getoption("--deadline", None)
+    if deadline is not None and time.time() >= deadline:
+        pytest.skip("out of time")
+    _note(item, outcome="began")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or not report.passed:
+        said = "" if report.passed else report.longreprtext[-2000:]
+        _note(item, outcome=report.outcome, seconds=round(report.duration, 2), said=said)
+    if report.failed and torch.cuda.is_initialized() and _is_gpu_lost():
+        item.session.shouldstop = "the GPU is lost to this process"
+    return report
+
+
+def _note(item: pytest.Item, **what: object) -> None:
+    path = item.config.getoption("--outcomes", None)
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps({"test": item.nodeid, **what}) + "\n")
+
+
+def _is_gpu_lost() -> bool:
+    """After an illegal access, whatever else the process asks of it fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture(scope="session", autouse=True)
