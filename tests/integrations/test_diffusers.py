@@ -33,54 +33,44 @@ def keys(lengths: tuple[int, ...], seqlen: int) -> Tensor:
     return torch.arange(seqlen) < torch.tensor(lengths)[:, None]
 
 
-TIMESTEPS = torch.tensor([3, 700])
-MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]] = {
-    "UNet2DModel": (
-        diffusers_models.unet,
-        lambda: {"sample": torch.randn(2, 3, 8, 8), "timestep": TIMESTEPS},
-    ),
-    "UNet2DConditionModel": (
-        diffusers_models.conditional_unet,
-        lambda: {
-            "sample": torch.randn(2, 4, 8, 8),
-            "timestep": TIMESTEPS,
-            "encoder_hidden_states": torch.randn(2, 5, 12),
-        },
-    ),
-    "UNet2DConditionModel, masks": (
-        diffusers_models.conditional_unet,
-        lambda: {
-            "sample": torch.randn(2, 4, 8, 8),
-            "timestep": TIMESTEPS,
-            "encoder_hidden_states": torch.randn(2, 5, 12),
-            "attention_mask": keys((16, 9), 16),
-            "encoder_attention_mask": keys((2, 5), 5),
-        },
-    ),
+def images(channels: int) -> dict[str, Any]:
+    return {"sample": torch.randn(2, channels, 8, 8), "timestep": torch.tensor([3, 700])}
+
+
+def with_text(**masks: Tensor) -> dict[str, Any]:
+    return images(4) | {"encoder_hidden_states": torch.randn(2, 5, 12)} | masks
+
+
+def with_masks(seqlen: int = 16) -> dict[str, Any]:
+    return with_text(
+        attention_mask=keys((seqlen, 9), seqlen), encoder_attention_mask=keys((2, 5), 5)
+    )
+
+
+def with_classes() -> dict[str, Any]:
+    batch = images(4)
+    return {"hidden_states": batch.pop("sample"), "class_labels": torch.tensor([1, 5])} | batch
+
+
+Make = tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]
+MODELS: dict[str, Make] = {
+    "UNet2DModel": (diffusers_models.unet, lambda: images(3)),
+    "UNet2DConditionModel": (diffusers_models.conditional_unet, with_text),
+    "UNet2DConditionModel, masks": (diffusers_models.conditional_unet, with_masks),
     "UNet2DConditionModel, masks, AttnProcessor": (
         partial(with_plain_processors, diffusers_models.conditional_unet),
-        lambda: {
-            "sample": torch.randn(2, 4, 8, 8),
-            "timestep": TIMESTEPS,
-            "encoder_hidden_states": torch.randn(2, 5, 12),
-            "attention_mask": keys((16, 9), 16),
-            "encoder_attention_mask": keys((2, 5), 5),
-        },
+        with_masks,
     ),
     "AutoencoderKL": (diffusers_models.autoencoder, lambda: {"sample": torch.randn(2, 3, 8, 8)}),
-    "DiTTransformer2DModel": (
-        diffusers_models.transformer,
-        lambda: {
-            "hidden_states": torch.randn(2, 4, 8, 8),
-            "timestep": TIMESTEPS,
-            "class_labels": torch.tensor([1, 5]),
-        },
-    ),
+    "DiTTransformer2DModel": (diffusers_models.transformer, with_classes),
 }
 
 
 def output_and_gradients(
-    model: nn.Module, batch: dict[str, Any], dtype: torch.dtype
+    model: nn.Module,
+    batch: dict[str, Any],
+    dtype: torch.dtype,
+    wrap: Callable[[nn.Module], Callable] = lambda model: model,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the gradients of all parameters and inputs in one vector."""
     model = copy.deepcopy(model).to(dtype)
@@ -92,7 +82,7 @@ def output_and_gradients(
         leaves.append(x.to(dtype, copy=True).requires_grad_())
         return leaves[-1]
 
-    output = model(**{name: leaf(x) for name, x in batch.items()})
+    output = wrap(model)(**{name: leaf(x) for name, x in batch.items()})
     output = output if isinstance(output, Tensor) else output[0]
     weights = torch.linspace(-1, 1, output.numel(), dtype=dtype).view_as(output)
     wanted = [*leaves, *(x for x in model.parameters() if x.requires_grad)]
@@ -253,20 +243,13 @@ def test_attention_behind_the_dispatcher_is_left_for_a_reason() -> None:
 
 
 def test_a_patched_unet_compiles_without_a_graph_break() -> None:
-    _, batch = MODELS["UNet2DConditionModel, masks"]
-    model = patched(diffusers_models.conditional_unet_of_one_block())
-    inputs = batch() | {"attention_mask": keys((64, 30), 64)}
-    expected = output_and_gradients(model, inputs, torch.float32)
-    compiled = copy.deepcopy(model)
-    compiled.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
-    leaves = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
-    output = compiled(**leaves).sample
-    weights = torch.linspace(-1, 1, output.numel()).view_as(output)
-    wanted = [x for x in leaves.values() if x.requires_grad] + list(model.parameters())
-    gradients = torch.autograd.grad((output * weights).sum(), wanted)
-    assert torch.allclose(output, expected[0], rtol=1e-5, atol=1e-6)
-    together = torch.cat([x.flatten() for x in gradients])
-    assert rms(together - expected[1]) <= 1e-6 * rms(expected[1])
+    model = diffusers_models.conditional_unet_of_one_block()
+    batch = with_masks(64)
+    expected = output_and_gradients(model, batch, torch.float64)
+    compiled = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    results = output_and_gradients(patched(model), batch, torch.float64, compiled)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert rms(ours - theirs) <= 1e-12 * rms(theirs)
 
 
 def test_the_package_does_not_import_diffusers() -> None:
