@@ -50,14 +50,14 @@ def _change(path: str, module: Any) -> Change:
     was = f"diffusers {type(before).__name__}"
     if not isinstance(module, Attention):
         reason = "its attention dispatcher takes no backend but diffusers' own"
-        return Change(path, was, "", reason, _nothing, _nothing)
+        return Change(path, was, reason=reason)
     if type(before) is AttnProcessor2_0:
         processor = AttentionProcessor()
     elif type(before) is AttnProcessor:
         processor = AttentionProcessor(softmax_scale=module.scale, norm_qk=False)
     else:
         reason = "its processor is neither AttnProcessor2_0 nor AttnProcessor"
-        return Change(path, was, "", reason, _nothing, _nothing)
+        return Change(path, was, reason=reason)
 
     def undo() -> None:
         if module.processor is processor:  # what somebody else has set since is theirs
@@ -66,11 +66,7 @@ def _change(path: str, module: Any) -> Change:
     def apply() -> None:
         module.set_processor(processor)
 
-    return Change(path, was, "leedl_fast attention", "", apply, undo)
-
-
-def _nothing() -> None:
-    pass
+    return Change(path, was, "attention", apply=apply, undo=undo)
 
 
 class AttentionProcessor(AttnProcessor2_0):

@@ -85,6 +85,8 @@ def _results(model: nn.Module, batch: Any, dtype: torch.dtype | None) -> dict[st
         output = model(**batch)
     else:
         output = model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    if isinstance(output, Mapping):  # of whatever class: a plain one has names for its entries
+        output = dict(output)
     outputs = {
         f"output{keystr(path)}": x
         for path, x in tree_flatten_with_path(output)[0]

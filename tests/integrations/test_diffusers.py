@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import (
 from diffusers_models import patched
 from torch import Tensor, nn
 
+import leedl_fast
 from leedl_fast.integrations.diffusers import AttentionProcessor, changes
 from leedl_fast.testing.compare import poisoned_outputs
 
@@ -255,3 +256,17 @@ def test_a_patched_unet_compiles_without_a_graph_break() -> None:
 def test_the_package_does_not_import_diffusers() -> None:
     code = "import leedl_fast, leedl_fast.integrations, sys; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_patch_verify_and_unpatch() -> None:
+    torch.manual_seed(0)
+    model, batch = diffusers_models.unet(), images(3)
+    lines = leedl_fast.verify(model, batch)  # the model returns a class of its own
+    assert [line.name for line in lines][:2] == ["output['sample']", "gradient of batch['sample']"]
+    assert not [line for line in lines if not line.holds]
+    report = leedl_fast.patch(model)
+    assert {change.was for change in report.replaced} == {"diffusers AttnProcessor2_0"}
+    attentions = [module for module in model.modules() if isinstance(module, Attention)]
+    assert all(type(module.processor) is AttentionProcessor for module in attentions)
+    leedl_fast.unpatch(model)
+    assert all(type(module.processor) is AttnProcessor2_0 for module in attentions)
