@@ -49,7 +49,11 @@ class PatchCase:
 def cases(settings: Settings) -> list[PatchCase]:
     if settings.tier == "tiny":
         small = {"width": 32, "num_heads": 2, "num_layers": 2}
-        return [PatchCase("encoder", 24, **small), PatchCase("mistral", 40, window=8, **small)]
+        bars = {UNPATCHED: 1.0}
+        return [
+            PatchCase("encoder", 24, **small, bars=bars),
+            PatchCase("mistral", 40, window=8, **small, bars=bars),
+        ]
     main = [
         PatchCase("encoder", 1024, batch=2, bars={UNPATCHED: 1.0}),
         PatchCase("mistral", 4096, window=256, bars={UNPATCHED: 1.0}),
