@@ -223,7 +223,7 @@ void decode(const AttentionForward<T>& args, const ProductTable<T>& products) {
 template <typename T, typename E, int64_t kRows>
 ProductTable<T> products_of() {
 #if defined(__AVX512F__)
-  if constexpr (std::is_same_v<E, BFloat16Pair> && kRows > kDirectRows) {
+  if constexpr (std::is_same_v<E, BFloat16Pair> && kRows > kDirectPairRows) {
     if (multiplies_on_amx()) return ProductTable<T>::template of<PairProducts<kTileSize, true>>();
     return ProductTable<T>::template of<PairProducts<kRows, false>>();
   } else

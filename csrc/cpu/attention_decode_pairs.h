@@ -1,4 +1,4 @@
-// The products of attention_decode_products.h for more than kDirectRows rows of bfloat16 numbers, as pairs (gemm.h).
+// The products of attention_decode_products.h for more than kDirectPairRows rows of bfloat16 numbers, as pairs (gemm.h).
 //
 // The rows make one panel, and keys meet it as they lie in memory: what is multiplied is K . Q^T, and only its small
 // result is transposed. Values are paired on their way to the products. In vectors, the products of a key and its value

@@ -14,6 +14,7 @@ namespace leedl {
 constexpr int64_t kSplitKeys = 1024;
 constexpr int64_t kPackedKeys = 32;  // of one packing: they stay in the first-level cache
 constexpr int64_t kDirectRows = 4;
+constexpr int64_t kDirectPairRows = 2;  // of bfloat16 numbers that are multiplied as pairs
 constexpr int64_t kStreams = 4;
 constexpr int64_t kSplitPitch = kSplitKeys + 16;
 
