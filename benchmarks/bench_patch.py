@@ -37,13 +37,14 @@ class PatchCase:
 
     @property
     def name(self) -> str:
-        title = "torch.nn.TransformerEncoder" if self.kind == "encoder" else "transformers, Mistral"
+        title = {"encoder": "TransformerEncoder", "mistral": "Mistral"}[self.kind]
         window = "" if self.window is None else f", window {self.window}"
-        return f"{title}, forward + backward, {self.num_layers} layers{window}"
+        return f"{title}, forward + backward{window}"
 
     @property
     def sizes(self) -> str:
-        return f"B{self.batch} S{self.seqlen} width {self.width} H{self.num_heads}"
+        sizes = f"B{self.batch} S{self.seqlen} width {self.width} H{self.num_heads}"
+        return f"{self.num_layers} layers, {sizes}"
 
 
 def cases(settings: Settings) -> list[PatchCase]:
