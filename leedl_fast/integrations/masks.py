@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leedl_fast.ops.scaled_dot_product_attention import as_bias
+
 
 class Mask(NamedTuple):
     """Both as `attention` takes them."""
@@ -16,11 +18,6 @@ class Mask(NamedTuple):
 
     def add(self, bias: Tensor) -> Mask:
         return self._replace(bias=bias if self.bias is None else self.bias + bias)
-
-
-def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where the boolean mask is True, -inf elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
 
 
 def padding(seen: Tensor, dtype: torch.dtype) -> Mask:

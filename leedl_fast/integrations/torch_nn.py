@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leedl_fast.integrations.changes import Change, new_forward
-from leedl_fast.integrations.masks import Mask, as_bias, padding
+from leedl_fast.integrations.masks import Mask, padding
 from leedl_fast.layers.add_layer_norm import dropout_inside
+from leedl_fast.layers.attention import packed_projection
+from leedl_fast.layers.feed_forward import feed_forward
 from leedl_fast.ops.add_layer_norm import add_layer_norm
 from leedl_fast.ops.attention import attention
+from leedl_fast.ops.scaled_dot_product_attention import as_bias
 
 
 def changes(model: nn.Module) -> Iterator[Change]:
@@ -102,12 +105,11 @@ def _multihead_attention(
         if hidden.dtype == torch.bool:
             mask = padding(~hidden, q.dtype)
         else:
-            mask = Mask(bias=hidden.to(q.dtype)[:, None, None, :])
+            mask = Mask(bias=as_bias(hidden, q.dtype)[:, None, None, :])
     if attn_mask is not None and not causal:
-        bias = as_bias(~attn_mask, q.dtype) if attn_mask.dtype == torch.bool else attn_mask
-        if bias.dim() == 3:
-            bias = bias.unflatten(0, (-1, self.num_heads))
-        mask = mask.add(bias.to(q.dtype))
+        seen = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask
+        bias = as_bias(seen, q.dtype)
+        mask = mask.add(bias if bias.dim() == 2 else bias.unflatten(0, (-1, self.num_heads)))
     dropout_p = self.dropout if self.training else 0.0
     out = attention(
         q,
@@ -125,22 +127,13 @@ def _multihead_attention(
 def _project(
     module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, ...]:
-    """q, k, v by as few matrix products as the inputs allow: equal inputs share one."""
     bias = module.in_proj_bias
-    if not module._qkv_same_embed_dim:
-        weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-        biases = (None, None, None) if bias is None else bias.chunk(3)
-        return tuple(map(F.linear, (query, key, value), weights, biases))
-    weight = module.in_proj_weight
-    if query is key and key is value:
-        return F.linear(query, weight, bias).chunk(3, -1)
-    if key is value:
-        split = [module.embed_dim, 2 * module.embed_dim]
-        weight_q, weight_kv = weight.split(split)
-        bias_q, bias_kv = (None, None) if bias is None else bias.split(split)
-        return F.linear(query, weight_q, bias_q), *F.linear(key, weight_kv, bias_kv).chunk(2, -1)
+    if module._qkv_same_embed_dim:
+        sizes = [module.embed_dim] * 3
+        return packed_projection(query, key, value, module.in_proj_weight, bias, sizes)
+    weights = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    return tuple(map(F.linear, (query, key, value), weight.chunk(3), biases))
+    return tuple(map(F.linear, (query, key, value), weights, biases))
 
 
 def _split_heads(x: Tensor, num_heads: int, sequence: int) -> Tensor:
@@ -227,7 +220,7 @@ def _branch(
 def _feed_forward(
     layer: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer, x: Tensor
 ) -> Tensor:
-    return layer.linear2(layer.dropout(layer.activation(layer.linear1(x))))
+    return feed_forward(x, layer.linear1, layer.activation, layer.dropout, layer.linear2)
 
 
 def _add_norm(

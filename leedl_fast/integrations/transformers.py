@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 
 from leedl_fast.integrations.changes import Change
-from leedl_fast.integrations.masks import Mask, as_bias, padding
+from leedl_fast.integrations.masks import Mask, padding
 from leedl_fast.ops.attention import attention
+from leedl_fast.ops.scaled_dot_product_attention import as_bias, causal_from_the_first_key
 from leedl_fast.ops.windows import Window
 
 NAME = "leedl_fast"
@@ -168,15 +169,12 @@ def attention_forward(
         if attention_mask.padding is not None:
             mask = padding(attention_mask.padding, query.dtype)
     elif attention_mask is not None:
-        dense = attention_mask
-        dense = as_bias(dense, query.dtype) if dense.dtype == torch.bool else dense.to(query.dtype)
-        mask = Mask(bias=dense)
+        mask = Mask(bias=as_bias(attention_mask, query.dtype))
     elif query.shape[2] > 1 and (
         is_causal if is_causal is not None else getattr(module, "is_causal", True)
     ):
-        # As torch's own function aligns it, whose mask this would have been: to the first key.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-        window = (None, 0)
+        # As torch's own function aligns it, whose mask this would have been.
+        key, value, window = causal_from_the_first_key(query.shape[2], key, value)
     if position_bias is not None:
         mask = mask.add(position_bias[..., : key.shape[2]].to(query.dtype))
     out = attention(

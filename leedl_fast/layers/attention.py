@@ -19,6 +19,33 @@ Score = Literal["dot", "additive"]
 Normalizer = Literal["softmax", "relu", "sigmoid"]
 
 
+def packed_projection(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, of these widths, whose rows of the weight and the bias follow on one another. As few
+    matrix products as the inputs allow: equal inputs share one.
+    """
+    if key is query and value is query:
+        q, k, v = F.linear(query, weight, bias).split(sizes, dim=-1)
+        return q, k, v
+
+    width, widths = sizes[0], sizes[1:]
+    weight_q, weight_kv = weight.split([width, sum(widths)])
+    bias_q, bias_kv = (None, None) if bias is None else bias.split([width, sum(widths)])
+    q = F.linear(query, weight_q, bias_q)
+    if value is key:
+        k, v = F.linear(key, weight_kv, bias_kv).split(widths, dim=-1)
+        return q, k, v
+    weight_k, weight_v = weight_kv.split(widths)
+    bias_k, bias_v = (None, None) if bias_kv is None else bias_kv.split(widths)
+    return q, F.linear(key, weight_k, bias_k), F.linear(value, weight_v, bias_v)
+
+
 class MultiHeadAttention(AttentionLayer):
     """`out_proj(concat_h attention(q_h, k_h, v_h))` with q, k, v projected from the inputs.
 
@@ -275,22 +302,10 @@ class MultiHeadAttention(AttentionLayer):
     def _project(
         self, query: Tensor, key: Tensor | None, value: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As few matrix products as the inputs allow: equal inputs share one."""
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        key = query if key is None else key
+        value = key if value is None else value
         sizes = [self.embed_dim, self.embed_dim_k, self.embed_dim_k]
-        if key is None or (key is query and (value is None or value is query)):
-            q, k, v = F.linear(query, weight, bias).split(sizes, dim=-1)
-            return q, k, v
-
-        weight_q, weight_kv = weight.split([sizes[0], sizes[1] + sizes[2]])
-        bias_q, bias_kv = (None, None) if bias is None else bias.split([sizes[0], 2 * sizes[1]])
-        q = F.linear(query, weight_q, bias_q)
-        if value is None or value is key:
-            k, v = F.linear(key, weight_kv, bias_kv).split(sizes[1:], dim=-1)
-            return q, k, v
-        weight_k, weight_v = weight_kv.split(sizes[1:])
-        bias_k, bias_v = (None, None) if bias_kv is None else bias_kv.split(sizes[1:])
-        return q, F.linear(key, weight_k, bias_k), F.linear(value, weight_v, bias_v)
+        return packed_projection(query, key, value, self.in_proj_weight, self.in_proj_bias, sizes)
 
     def _split_heads(self, x: Tensor, num_heads: int) -> Tensor:
         """A view: (batch, seqlen, num_heads * head_dim) -> (batch, num_heads, seqlen, head_dim)."""

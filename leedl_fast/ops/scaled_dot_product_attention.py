@@ -53,15 +53,32 @@ def scaled_dot_product_attention(
     shape = (*leading, *query.shape[heads])
     q, k, v = (_four_dimensions(x, (*leading, *x.shape[heads])) for x in (query, key, value))
     bias = None if attn_mask is None else _bias(attn_mask, query, shape, key.shape[-2])
-    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     window = None
     if is_causal:
-        # Top-left: no query reaches the keys from seqlen_q on, and key j <= i is position
-        # i + shift + right for shift = seqlen_k - seqlen_q <= 0.
-        k, v = k[:, :, :seqlen_q], v[:, :, :seqlen_q]
-        window = (None, max(seqlen_q - seqlen_k, 0))
+        k, v, window = causal_from_the_first_key(q.shape[2], k, v)
     out = attention(q, k, v, bias=bias, window=window, dropout_p=dropout_p, softmax_scale=scale)
     return out if len(shape) == 2 else out.reshape(*shape, *out.shape[2:])
+
+
+def causal_from_the_first_key(
+    seqlen_q: int, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, tuple[None, int]]:
+    """k, v and the window that hide from query i the keys after i, counted from the first of both:
+    `attention` counts from the last.
+    """
+    # No query reaches the keys from seqlen_q on, and key j <= i is position i + shift + right for
+    # shift = seqlen_k - seqlen_q <= 0.
+    right = max(seqlen_q - k.shape[2], 0)
+    return k[:, :, :seqlen_q], v[:, :, :seqlen_q], (None, right)
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias of a mask that is True where a query sees a key, or numbers already."""
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+    if not mask.is_floating_point():
+        raise TypeError(f"attn_mask must be bool or floating point, got {mask.dtype}")
+    return mask.to(dtype)
 
 
 def _four_dimensions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
@@ -75,12 +92,7 @@ def _four_dimensions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
 
 def _bias(mask: Tensor, query: Tensor, leading: tuple[int, ...], seqlen_k: int) -> Tensor:
     checks.check_tensor("attn_mask", mask)
-    if mask.dtype == torch.bool:
-        hidden = torch.zeros_like(mask, dtype=query.dtype)
-        mask = hidden.masked_fill(~mask, -torch.inf)
-    elif not mask.is_floating_point():
-        raise TypeError(f"attn_mask must be bool or floating point, got {mask.dtype}")
-    mask = mask.to(query.dtype)
+    mask = as_bias(mask, query.dtype)
     if mask.dim() <= 4 and len(leading) == 2:
         return mask
     return _four_dimensions(mask.expand(*leading, *mask.shape[-2:]), leading)

@@ -188,6 +188,15 @@ def test_what_it_cannot_do_is_refused(
         attention_forward(torch.nn.Identity(), q, q, q, None, **options)
 
 
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3), (3, 5), (1, 5)], ids=str)
+def test_causal_without_a_mask_is_aligned_as_torch_aligns_it(lengths: tuple[int, int]) -> None:
+    q, k, v = (torch.randn(2, 2, s, 4) for s in (lengths[0], lengths[1], lengths[1]))
+    actual, _ = attention_forward(torch.nn.Identity(), q, k, v, None, is_causal=True)
+    causal = lengths[0] > 1  # a query alone is the last
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    assert torch.allclose(actual, expected.transpose(1, 2), atol=1e-6)
+
+
 def test_dropout_while_training() -> None:
     model = models.make("gpt2")
     model.config.resid_pdrop = model.config.embd_pdrop = 0.0
