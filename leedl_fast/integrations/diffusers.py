@@ -59,11 +59,11 @@ def _change(path: str, module: Any) -> Change:
         reason = "its processor is neither AttnProcessor2_0 nor AttnProcessor"
         return Change(path, was, reason=reason)
 
-    def undo() -> None:
+    def undo(module: Any) -> None:
         if module.processor is processor:  # what somebody else has set since is theirs
             module.set_processor(before)
 
-    def apply() -> None:
+    def apply(module: Any) -> None:
         module.set_processor(processor)
 
     return Change(path, was, "attention", apply=apply, undo=undo)

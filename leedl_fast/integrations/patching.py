@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import nn
 
@@ -15,7 +15,8 @@ from leedl_fast.integrations.changes import Change
 # A model of a library means that the library has been imported.
 LIBRARIES = {"torch": "torch_nn", "transformers": "transformers", "diffusers": "diffusers"}
 
-_applied: WeakKeyDictionary[nn.Module, list[Change]] = WeakKeyDictionary()
+# By model; nothing here keeps a model or a part of it alive.
+_applied: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], Change]]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,9 @@ def patch(model: nn.Module) -> PatchReport:
     found = list(_changes(model))
     replaced = [change for change in found if not change.reason]
     for change in replaced:
-        change.apply()
-        _applied.setdefault(model, []).append(change)
+        module = model.get_submodule(change.path)
+        change.apply(module)
+        _applied.setdefault(model, []).append((ref(module), change))
     return PatchReport(tuple(replaced), tuple(change for change in found if change.reason))
 
 
@@ -68,8 +70,10 @@ def unpatch(model: nn.Module) -> None:
     _check(model)
     if model not in _applied:
         raise ValueError(f"model must have been patched, got a {type(model).__name__} that was not")
-    for change in reversed(_applied.pop(model)):
-        change.undo()
+    for reference, change in reversed(_applied.pop(model)):
+        module = reference()
+        if module is not None:
+            change.undo(module)
 
 
 def _check(model: object) -> None:

@@ -8,6 +8,8 @@ of them, in evaluation too, where torch.nn may put zeros there.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +33,15 @@ def changes(model: nn.Module) -> Iterator[Change]:
     for path, module in model.named_modules():
         kind = next((kind for kind in _FORWARDS if isinstance(module, kind)), None)
         if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-            yield _without_nested_tensors(path, module)
+            yield _without_nested_tensors(path)
         if kind is None or type(module).forward is not kind.forward or "forward" in vars(module):
             continue
-        reason = _reason(module)
+        was, reason = f"torch.nn.{type(module).__name__}", _reason(module)
         if reason:
-            yield Change(path, f"torch.nn.{type(module).__name__}", reason=reason)
+            yield Change(path, was, reason=reason)
         else:
             forward, now = _FORWARDS[kind]
-            yield new_forward(path, module, now, forward)
+            yield new_forward(path, was, now, forward)
 
 
 def _reason(module: nn.Module) -> str:
@@ -56,16 +58,16 @@ def _reason(module: nn.Module) -> str:
     return ""
 
 
-def _without_nested_tensors(path: str, module: nn.TransformerEncoder) -> Change:
-    def switch(to: bool) -> None:
+def _without_nested_tensors(path: str) -> Change:
+    def switch(module: Any, to: bool) -> None:
         module.use_nested_tensor = to
 
     return Change(
         path,
         "torch.nn.TransformerEncoder",
         "padded batches stay padded",
-        apply=lambda: switch(False),
-        undo=lambda: switch(True),
+        apply=partial(switch, to=False),
+        undo=partial(switch, to=True),
     )
 
 

@@ -212,8 +212,8 @@ def _change(path: str, model: PreTrainedModel) -> Change:
         path,
         was,
         "attention",
-        apply=lambda: model.set_attn_implementation(NAME),
-        undo=lambda: model.set_attn_implementation(before),
+        apply=lambda model: model.set_attn_implementation(NAME),
+        undo=lambda model: model.set_attn_implementation(before),
     )
 
 

@@ -80,5 +80,5 @@ def patched(model: nn.Module) -> nn.Module:
     assert found
     assert all(change.now and not change.reason for change in found)
     for change in found:
-        change.apply()
+        change.apply(model.get_submodule(change.path))
     return model

@@ -200,13 +200,13 @@ def test_state_dicts_stay_and_undo_restores_the_processors() -> None:
     assert paths == {name.removesuffix(".processor") for name in before}
     assert {change.was for change in found} == {"diffusers AttnProcessor2_0"}
     for change in found:
-        change.apply()
+        change.apply(model.get_submodule(change.path))
     assert all(type(x) is AttentionProcessor for x in model.attn_processors.values())
     assert list(changes(model)) == []
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     for change in found:
-        change.undo()
+        change.undo(model.get_submodule(change.path))
     assert dict(model.attn_processors) == before
 
 
@@ -214,10 +214,10 @@ def test_undo_leaves_a_processor_that_was_set_since() -> None:
     attention = Attention(16, heads=4, dim_head=4)
     (change,) = changes(attention)
     assert change.path == ""
-    change.apply()
+    change.apply(attention)
     other = AttnProcessor()
     attention.set_processor(other)
-    change.undo()
+    change.undo(attention)
     assert attention.processor is other
 
 
@@ -229,8 +229,8 @@ def test_other_processors_are_left_for_a_reason() -> None:
     assert (change.path, change.was) == ("block", "diffusers AttnAddedKVProcessor2_0")
     assert change.now == ""
     assert change.reason == "its processor is neither AttnProcessor2_0 nor AttnProcessor"
-    change.apply()
-    change.undo()
+    change.apply(attention)
+    change.undo(attention)
     assert attention.processor is processor
 
 

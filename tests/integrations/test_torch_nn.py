@@ -1,6 +1,9 @@
 """torch.nn's own attention and Transformer layers, patched."""
 
 import copy
+import gc
+import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -217,10 +220,42 @@ def test_state_hooks_and_class_stay() -> None:
     model(torch.randn(7, 2, WIDTH))
     assert calls == [1]
     copied = copy.deepcopy(model)
-    assert copied.forward.__self__ is copied
+    assert copied.forward.args == (copied,)
     leedl_fast.unpatch(model)
     assert "forward" not in vars(model)
     assert "forward" not in vars(model.self_attn)
+
+
+def test_a_patched_model_that_was_saved_whole_is_patched(runs: list[Any]) -> None:
+    model = layer(nn.TransformerEncoderLayer)
+    leedl_fast.patch(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    x = randn(7, 2, WIDTH)
+    assert torch.equal(loaded(x), model(x))
+    assert [name for name, _ in runs].count("attention_forward") == 2
+    assert loaded.forward.args == (loaded,)
+
+
+def test_unpatch_leaves_a_forward_that_was_set_since() -> None:
+    model = nn.TransformerEncoderLayer(WIDTH, HEADS, 40)
+    leedl_fast.patch(model)
+    model.forward = own = lambda x: x
+    leedl_fast.unpatch(model)
+    assert model.forward is own
+    assert "forward" not in vars(model.self_attn)
+
+
+def test_patch_keeps_no_model_alive() -> None:
+    model = nn.TransformerEncoderLayer(WIDTH, HEADS, 40)
+    report = leedl_fast.patch(model)
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
+    assert report.replaced
 
 
 def test_a_graph_of_a_patched_layer() -> None:
