@@ -157,9 +157,8 @@ class BackwardTask {
       ds = scratch_.strip_ds;
     }
     const StripColumns whole{strip.rows, begin, begin + cleared};
-    products_.multiply_strip({strip.rows, begin, strip.end}, score_runs(strip.rows), scores_.scale().sign,
-                             queries(args_.q, head, strip.row), p, scores_.gradient_runs(),
-                             queries(args_.dout, head, strip.row), ds);
+    products_.multiply_strip({strip.rows, begin, strip.end}, queries(args_.q, head, strip.row), scores_.scale().sign, p,
+                             queries(args_.dout, head, strip.row), scores_.gradient_runs(), ds);
 
     read_statistics(head, strip);
     for (int64_t r = 0; r < strip.rows; ++r) prefetch_row(head, strip.row + r);

@@ -67,13 +67,13 @@ class BackwardProducts {
     pack_block_rows(scratch_.douts, dout, rows, sizes_.head_dim_v);
   }
 
-  // Q . K^T and dout . V^T of a strip, for `columns` keys from the key `begin` on.
+  // Q . K^T and dout . V^T of a strip; gradient_runs: see Scores.
   template <typename T>
-  void multiply_strip(const StripColumns& strip, int64_t score_runs, A q_scale, const MatrixRows<T>& q, A* scores,
-                      int64_t gradient_runs, const MatrixRows<T>& dout, A* dp) const {
+  void multiply_strip(const StripColumns& strip, const MatrixRows<T>& q, A q_scale, A* scores,
+                      const MatrixRows<T>& dout, int64_t gradient_runs, A* dp) const {
     pack_rows<kStripRows, kHeadPitch>(scratch_.query_rows, q.data, q.stride, strip.rows, sizes_.head_dim, q_scale);
     pack_rows<kStripRows, kHeadPitch>(scratch_.dout_rows, dout.data, dout.stride, strip.rows, sizes_.head_dim_v, A(1));
-    multiply_keys(strip, score_runs, Scratch::depth(sizes_.head_dim), scratch_.query_rows, scratch_.keys_t, scores);
+    multiply_keys(strip, score_runs(strip.rows), Scratch::depth(sizes_.head_dim), scratch_.query_rows, scratch_.keys_t, scores);
     multiply_keys(strip, gradient_runs, Scratch::depth(sizes_.head_dim_v), scratch_.dout_rows, scratch_.values_t, dp);
   }
 

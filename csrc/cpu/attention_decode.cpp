@@ -32,8 +32,8 @@ struct ProductTable {
 // The memory of one thread.
 template <typename T>
 struct Scratch {
-  std::byte* operands;    // of the products
-  Accumulate<T>* scores;  // [products.rows][kSplitPitch]
+  std::byte* operands;     // of the products
+  Accumulate<T>* scores;   // [products.rows][kSplitPitch]
   Accumulate<T>* factors;  // of dropout [kSplitPitch]
   int64_t bytes;
 
@@ -74,9 +74,8 @@ inline void softmax_row(A* scores, int64_t columns, A factor, A& row_max, A& row
 // The scores of one row and split become probabilities, not yet divided by their sum. `first` and `last` are the keys
 // of the split; column 0 is the key `origin`.
 template <typename T, typename A = Accumulate<T>>
-void make_probabilities(const Scores<T>& terms, const Sample& sample, int64_t head,
-                                                  int64_t row, int64_t origin, int64_t first, int64_t last, A* scores,
-                                                  A* factors, A& row_max, A& row_sum) {
+void make_probabilities(const Scores<T>& terms, const Sample& sample, int64_t head, int64_t row, int64_t origin,
+                        int64_t first, int64_t last, A* scores, A* factors, A& row_max, A& row_sum) {
   const int64_t columns = round_up(last - origin, Vec<A>::kSize);
   if (terms.modified()) terms.modify(sample, head, row, origin, columns, scores, nullptr);
   mask_row(scores, 0, columns, std::max(sample.window.key_begin(row), first) - origin,

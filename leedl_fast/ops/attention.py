@@ -257,8 +257,10 @@ def _reference(
 
 
 def _allocate_forward(problem: Problem, q: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
-    """out, lse, and the maximum and sum of each row, which the kernels keep for their backward;
-    the last three are None unless they are wanted, and empty unless the normalizer is softmax."""
+    """out, lse, and two numbers of each row that a backend keeps for its own backward pass: the
+    maximum and the sum of the exponentials, or what is made of them. The last three are None unless
+    they are wanted, and empty unless the normalizer is softmax.
+    """
     out = empty_heads(q, problem.seqlen_q, problem.head_dim_v)
     if not problem.wants_statistics:
         return out, None, None, None
