@@ -23,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from leedl_fast import add_layer_norm, attention, diffusion
 from leedl_fast.files import write_file
 from leedl_fast.kernels import add_layer_norm_backward, attention_blocks
-from leedl_fast.testing.bench import interleave, measure_ceilings, synchronized
+from leedl_fast.testing.bench import interleave, is_lost, measure_ceilings, synchronized
 from leedl_fast.tuning import takes_descriptors
 
 Function = Callable[[], Any]
@@ -308,7 +308,7 @@ def main(output: Path) -> int:
         results["seconds"][name] = time.perf_counter() - start
         print(name, json.dumps(results["cases"][name]), flush=True)
         write_file(json.dumps(results, indent=1).encode(), output)
-        if _is_gpu_lost():
+        if is_lost(DEVICE):
             return GPU_LOST
     return 0
 
@@ -329,15 +329,6 @@ def _ceilings() -> dict[str, Any]:
         "cases": {},
         "seconds": {},
     }
-
-
-def _is_gpu_lost() -> bool:
-    """After an illegal access, whatever else the process asks of it fails."""
-    try:
-        synchronized(lambda: None, DEVICE)()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _add_rates(part: dict[str, Any], ceilings: dict[str, Any]) -> None:

@@ -21,11 +21,11 @@ def report(parts: Path, folder: Path) -> dict[str, Any]:
     for name, file in (("measured", "measured.json"), ("suite", "suite/results.json")):
         if (parts / file).exists():
             content[name] = json.loads((parts / file).read_text())
-    (folder / "gpu.json").write_text(json.dumps(content, indent=1) + "\n")
+    _write(json.dumps(content, indent=1) + "\n", folder / "gpu.json")
     logs = [(name, parts / f"{name}.log") for name in STEPS]
     logs += [(f"tests, {file.stem}", file) for file in sorted(parts.glob("shard-*.txt"))]
     said = [f"== {name}\n{_read(log)}\n" for name, log in logs if log.exists()]
-    (folder / "gpu.log").write_text("".join(said))
+    _write("".join(said), folder / "gpu.log")
     return content
 
 
@@ -94,6 +94,13 @@ def _tests(parts: Path) -> dict[str, Any]:
         "not_passed": others,
         "slowest_s": {test: outcomes[test].get("seconds", 0) for test in slowest},
     }
+
+
+def _write(text: str, path: Path) -> None:
+    """Under a temporary name first: killed at any time, `path` is the old report or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def _read(path: Path) -> str:

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from leedl_fast.benchmarks import gpu, gpu_report
 from leedl_fast.ops.attention_problem import Inputs, describe
+from leedl_fast.testing import bench
 from leedl_fast.testing.bench import Ceilings
 
 
@@ -123,7 +124,7 @@ def test_another_process_goes_on_where_the_gpu_was_lost(
 
     def lose() -> dict:
         ran.append("lose")
-        monkeypatch.setattr(gpu, "synchronized", _fails)
+        monkeypatch.setattr(bench, "synchronized", _fails)
         raise RuntimeError("an illegal memory access was encountered")
 
     cases = {"first": case("first"), "lose": lose, "last": case("last")}

@@ -156,6 +156,15 @@ def synchronized(function: Function, device: torch.device) -> Function:
     return run
 
 
+def is_lost(device: torch.device) -> bool:
+    """After an illegal access, whatever else the process asks of a GPU fails."""
+    try:
+        synchronized(lambda: None, device)()
+    except RuntimeError:
+        return True
+    return False
+
+
 def peak_memory(function: Function, device: torch.device | None = None) -> int | None:
     """Bytes that one call of `function` needs at most, beyond what is in use when it starts.
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from leedl_fast.testing.bench import is_lost
+
 INTERPRETED = [
     str(Path(__file__).with_name(name)) for name in ("interpreted.py", "interpreted_tiles.py")
 ]
@@ -60,7 +62,7 @@ def pytest_runtest_makereport(
     if report.when == "call" or not report.passed:
         said = "" if report.passed else report.longreprtext[-2000:]
         _note(item, outcome=report.outcome, seconds=round(report.duration, 2), said=said)
-    if report.failed and torch.cuda.is_initialized() and _is_gpu_lost():
+    if report.failed and torch.cuda.is_initialized() and is_lost(torch.device("cuda")):
         item.session.shouldstop = "the GPU is lost to this process"
     return report
 
@@ -70,15 +72,6 @@ def _note(item: pytest.Item, **what: object) -> None:
     if path:
         with open(path, "a") as file:
             file.write(json.dumps({"test": item.nodeid, **what}) + "\n")
-
-
-def _is_gpu_lost() -> bool:
-    """After an illegal access, whatever else the process asks of it fails."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 @pytest.fixture(scope="session", autouse=True)
