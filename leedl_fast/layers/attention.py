@@ -249,7 +249,7 @@ class MultiHeadAttention(AttentionLayer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (batch, heads, seqlen, head_dim), with what the cache adds to k and v."""
         self._check(query, key, value)
-        if cache is not None and torch.is_grad_enabled():
+        if cache is not None and torch.is_grad_enabled() and not cache.differentiable:
             raise ValueError("cache must be None where gradients are enabled, got a KVCache")
         if self.rotary is not None and key is not None:
             raise ValueError("key must be None with rotary=True, got a tensor")

@@ -17,6 +17,8 @@ class KVCache:
     The buffers are made by the first `extend`, with its keys' shape, dtype and device.
     """
 
+    differentiable = False  # the buffers are written to
+
     def __init__(self, *, window: int | None = None) -> None:
         if window is not None and window < 0:
             raise ValueError(f"window must not be negative, got {window}")
