@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor, nn
 
 from leedl_fast.training.checkpoint import FORMAT, KEY, read_checkpoint, write_checkpoint
 from leedl_fast.training.settings import RunConfig
@@ -56,20 +57,41 @@ def held_out(task: Task) -> Iterator[None]:
     whole.
     """
     devices = [task.device] if task.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), whole(task):
-        tensors = (*task.parameters(), *task.buffers())
-        kept = [tensor.data for tensor in tensors]
+    apart = torch.random.fork_rng(devices=devices)
+    with apart, torch.no_grad(), whole(task), _in_float32(task):
         torch.manual_seed(task.settings.seed)
         task.model.eval()
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.float()
         try:
             yield
         finally:
             task.model.train()
-            for tensor, data in zip(tensors, kept, strict=True):
-                tensor.data = data
+
+
+@contextlib.contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """Meanwhile copies stand for the parameters and buffers of another floating dtype.
+
+    A parameter whose own data changed their dtype would lose the hook by which DDP learns of its
+    gradient, and no longer be averaged.
+    """
+    replaced: list[tuple[nn.Module, str, Tensor]] = []
+    copies: dict[Tensor, Tensor] = {}  # one of each, so that tied weights stay tied
+    for part in module.modules():
+        for tensors in (part.named_parameters, part.named_buffers):
+            for name, tensor in tensors(recurse=False, remove_duplicate=False):
+                if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    replaced.append((part, name, tensor))
+    for part, name, tensor in replaced:
+        if tensor not in copies:
+            copy = tensor.detach().float()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            copies[tensor] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+        setattr(part, name, copies[tensor])
+    try:
+        yield
+    finally:
+        for part, name, tensor in replaced:
+            setattr(part, name, tensor)
 
 
 class CheckpointFile(CheckpointIO):

@@ -134,14 +134,15 @@ def interrupted(folder, patch):
 def precisions(folder, patch):
     """As with DDP, and validation, in float32 whatever the weights are, leaves no trace."""
     for precision in ("bf16-mixed", "bf16-true"):
-        config = gpt(folder, precision=precision)
-        expected = run(config, "ddp")
-        result = run(gpt(folder, precision=precision, validate_every=1))
-        assert result.losses == pytest.approx(expected.losses, rel=1e-3), precision
-        assert result.metrics == pytest.approx(expected.metrics, rel=1e-3), precision
-        assert result.validation.keys() == {1, 2, 3}
+        expected = run(gpt(folder, precision=precision), "ddp")
         wanted = torch.bfloat16 if precision == "bf16-true" else torch.float32
-        assert {parameter.dtype for parameter in result.task.parameters()} == {wanted}
+        for strategy in ("ddp", "fsdp"):
+            result = run(gpt(folder, precision=precision, validate_every=1), strategy)
+            tolerance = 0 if strategy == "ddp" else 1e-3
+            assert result.losses == pytest.approx(expected.losses, rel=tolerance), precision
+            assert result.metrics == pytest.approx(expected.metrics, rel=tolerance), precision
+            assert result.validation.keys() == {1, 2, 3}
+            assert {parameter.dtype for parameter in result.task.parameters()} == {wanted}
 
 
 def adversaries(folder, patch):
