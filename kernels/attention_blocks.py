@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from leedl_fast.config import cache_folder
 from leedl_fast.kernels.attention_tiles import padded
 
 KERNELS = ("forward", "decode", "query", "key_value", "bias")
@@ -178,8 +179,8 @@ def multiprocessors(device: torch.device) -> int:
 
 def tuned_path(device: torch.device) -> Path:
     """Where `leedl-fast tune` keeps what it measured for this kind of GPU."""
-    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    return Path.home() / ".cache" / "leedl_fast" / f"attention-blocks-{name}.json"
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    return cache_folder() / f"attention-blocks-{name}.json"
 
 
 @cache

@@ -4,7 +4,8 @@ LEEDL_FAST_CPU      the CPU module to use: "avx512", "avx2" or "baseline"; by de
                     this processor runs.
 LEEDL_FAST_BACKEND  what `use_backend` would set for the whole process; unset,
                     each op picks its own.
-XDG_CACHE_HOME      where the user's programs keep what they can fetch again; by default ~/.cache.
+XDG_CACHE_HOME      where the user's programs keep what they can fetch or measure again; by default
+                    ~/.cache.
 """
 
 import os

@@ -96,6 +96,16 @@ def test_sm_90_and_sm_100_take_descriptors(major: int, monkeypatch: pytest.Monke
     assert any(blocks.descriptors for blocks in found) == takes
 
 
+@pytest.mark.parametrize("home", ["/somewhere", "relative", ""])
+def test_the_table_is_in_the_users_cache(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (MIG)")
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setenv("HOME", "/home/of-user")
+    parent = "/somewhere" if home == "/somewhere" else "/home/of-user/.cache"
+    path = attention_blocks.tuned_path(torch.device("cuda"))
+    assert path == Path(parent, "leedl_fast", "attention-blocks-nvidia-h200-mig.json")
+
+
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
     table = {
         Key("forward", 2, 64): Blocks(1, 2, 3, 4, True, 5),

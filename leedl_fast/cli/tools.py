@@ -53,7 +53,9 @@ def tune(
         list[str] | None, typer.Option(help="bfloat16, the default, float16 or float32.")
     ] = None,
 ) -> None:
-    """Measure the tile sizes of attention on this GPU, and keep the best for later runs."""
+    """Measure the tile sizes of attention and add_layer_norm on this GPU, and keep the best for
+    later runs: in $XDG_CACHE_HOME/leedl_fast, ~/.cache/leedl_fast if that is not set.
+    """
     from leedl_fast import tuning
 
     path = tuning.tune(head_dim or (64, 128), dtype or ("bfloat16",), report=typer.echo)
