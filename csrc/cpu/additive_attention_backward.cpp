@@ -5,8 +5,8 @@
 //     dq_ic = 4 w_c sum_j u_ijc             dk_jc = 4 w_c sum_i u_ijc          where u = dS (1/4 - y^2)
 // (reference/additive_attention.py). A task makes scores and dP against all keys that its queries see, as vectors over
 // keys, and with whole rows at hand the softmax and delta again: where a row is nearly one-hot, dP and delta are nearly
-// equal, and their difference must not be one of roundings. Then it makes u, as vectors over c. Nothing is summed across
-// lanes but a row's sums.
+// equal, and their difference must not be one of roundings. Then it makes u, as vectors over c. Nothing is summed
+// across lanes but a row's sums.
 //
 // Several tasks add to the dk and dv of a block of keys, in an order that the sizes of the problem fix: a counter per
 // block tells whose turn it is. Tasks begin in that same order, so the one that is waited for is always running.
@@ -14,13 +14,11 @@
 #include <thread>
 #include <vector>
 
+#include "additive_attention_backward_plan.h"
 #include "additive_attention_gradients.h"
 
 namespace leedl {
 namespace {
-
-constexpr int64_t kMostStrips = kTileRows == 14 ? 4 : 8;  // of one task: their P and dS stay in the cache
-constexpr int64_t kTasksPerHead = 16;                     // smaller tasks rather than fewer than this
 
 template <typename T>
 class Backward {
@@ -33,67 +31,55 @@ class Backward {
         problem_(args.problem),
         sizes_(args.problem.sizes),
         weights_(args.score_weight, sizes_),
-        strips_(std::clamp<int64_t>(problem_.strips() / kTasksPerHead, 1, kMostStrips)),
-        block_rows_(strips_ * kTileRows),
-        query_blocks_((problem_.strips() + strips_ - 1) / strips_),
-        key_blocks_(problem_.key_blocks()),
-        block_keys_(problem_.block_keys<A>()),
-        seen_blocks_(problem_.seen_blocks(block_rows_)),
-        pitch_(weights_.pitch()),
-        pitch_v_(round_up(sizes_.head_dim_v, kLanes)),
+        plan_(problem_),
         dk_(args.dk, sizes_.batch, sizes_.num_heads_k, sizes_.seqlen_k, sizes_.head_dim),
         dv_(args.dv, sizes_.batch, sizes_.num_heads_k, sizes_.seqlen_k, sizes_.head_dim_v),
-        packed_(allocate<A>(key_tasks() * packed_size())),
+        packed_(allocate<A>(key_tasks() * plan_.packed_size())),
         bounded_(allocate<bool>(key_tasks())),
-        dweights_(allocate<A>(tasks() * pitch_)),
-        turns_(key_tasks()) {
-    ByteArena arena(nullptr);
-    take(arena);
-    scratch_bytes_ = arena.taken();
-  }
+        dweights_(allocate<A>(tasks() * plan_.pitch)),
+        turns_(key_tasks()) {}
 
-  int64_t scratch_bytes() const { return scratch_bytes_; }
-  int64_t key_tasks() const { return sizes_.batch * sizes_.num_heads_k * key_blocks_; }
-  int64_t tasks() const { return sizes_.batch * sizes_.num_heads * query_blocks_; }
+  int64_t scratch_bytes() const { return Scratch(nullptr, plan_).bytes; }
+  int64_t key_tasks() const { return sizes_.batch * sizes_.num_heads_k * plan_.key_blocks; }
+  int64_t tasks() const { return sizes_.batch * sizes_.num_heads * plan_.query_blocks; }
   const Sums<T>& dk() const { return dk_; }
   const Sums<T>& dv() const { return dv_; }
 
   // Packs keys and values of one block; `index` counts (batch, head_k, block).
   void pack(int64_t index, std::byte* memory) const {
-    ByteArena arena(memory);
-    const Scratch scratch = take(arena);
-    const int64_t batch = index / key_blocks_ / sizes_.num_heads_k, head_k = index / key_blocks_ % sizes_.num_heads_k;
-    const int64_t begin = index % key_blocks_ * kAdditiveBlockKeys;
+    const Scratch scratch(memory, plan_);
+    const int64_t pair = index / plan_.key_blocks, begin = index % plan_.key_blocks * kAdditiveBlockKeys;
+    const int64_t batch = pair / sizes_.num_heads_k, head_k = pair % sizes_.num_heads_k;
     const int64_t keys = std::min(begin + kAdditiveBlockKeys, problem_.window(batch).key_end) - begin;
     if (keys <= 0) return;
     const Packed packed = packed_block(index);
-    load_rows(scratch.rows, pitch_v_, args_.v.row(batch, head_k, begin), args_.v.seq_stride, keys, sizes_.head_dim_v);
-    pack_transposed(packed.values_t, scratch.rows, pitch_v_, keys, sizes_.head_dim_v);
-    load_rows(scratch.rows, pitch_, args_.k.row(batch, head_k, begin), args_.k.seq_stride, keys, sizes_.head_dim);
-    bounded_[index] = are_bounded(scratch.rows, keys * pitch_);
+    load_rows(scratch.rows, plan_.pitch_v, args_.v.row(batch, head_k, begin), args_.v.seq_stride, keys,
+              sizes_.head_dim_v);
+    pack_transposed(packed.values_t, scratch.rows, plan_.pitch_v, keys, sizes_.head_dim_v);
+    load_rows(scratch.rows, plan_.pitch, args_.k.row(batch, head_k, begin), args_.k.seq_stride, keys, sizes_.head_dim);
+    bounded_[index] = are_bounded(scratch.rows, keys * plan_.pitch);
     if (bounded_[index]) {
-      exponentials(scratch.rows, keys * pitch_);
-      pack_transposed(packed.keys_t, scratch.rows, pitch_, keys, pitch_);
-      pack_panels(packed.keys, block_keys_ * kLanes, scratch.rows, pitch_, keys, pitch_);
+      exponentials(scratch.rows, keys * plan_.pitch);
+      pack_transposed(packed.keys_t, scratch.rows, plan_.pitch, keys, plan_.pitch);
+      pack_panels(packed.keys, plan_.block_keys * kLanes, scratch.rows, plan_.pitch, keys, plan_.pitch);
     }
   }
 
   // One block of queries; `index` counts (block, batch, head).
-  void run(int64_t index, std::byte* memory) {
+  __attribute__((noinline)) void run(int64_t index, std::byte* memory) {
     const int64_t pairs = sizes_.batch * sizes_.num_heads;
     Task task;
     task.batch = index % pairs / sizes_.num_heads;
     task.head = index % pairs % sizes_.num_heads;
     task.block = index / pairs;
-    task.row = task.block * block_rows_;
-    task.rows = std::min(block_rows_, sizes_.seqlen_q - task.row);
+    task.row = task.block * plan_.block_rows;
+    task.rows = std::min(plan_.block_rows, sizes_.seqlen_q - task.row);
     task.window = problem_.window(task.batch);
     task.seen = {task.window.key_begin(task.row), task.window.key_end_of(task.row + task.rows - 1)};
     A* dweight = dweights(task.batch, task.head, task.block);
-    std::fill_n(dweight, pitch_, A(0));
-    ByteArena arena(memory);
-    const Scratch scratch = take(arena);
-    std::fill_n(scratch.dq, block_rows_ * pitch_, A(0));
+    std::fill_n(dweight, plan_.pitch, A(0));
+    const Scratch scratch(memory, plan_);
+    std::fill_n(scratch.dq, plan_.block_rows * plan_.pitch, A(0));
     if (!task.seen.empty()) {
       load_rows_of(task, scratch);
       for (int64_t r = 0; r < task.rows; r += kTileRows) make_scores(task, r, scratch);
@@ -105,18 +91,18 @@ class Backward {
     for (int64_t r = 0; r < task.rows; ++r) {
       T* to = args_.dq.row(task.batch, task.head, task.row + r);
       for (int64_t c = 0; c < sizes_.head_dim; c += kLanes) {
-        store_columns(V::load(scratch.dq + r * pitch_ + c) * factor(task.head, c), to + c, sizes_.head_dim - c);
+        store_columns(V::load(scratch.dq + r * plan_.pitch + c) * factor(task.head, c), to + c, sizes_.head_dim - c);
       }
     }
   }
 
   // dscore_weight of one head: the sums of all samples and query blocks, in their order, in double.
   void sum_dweight(int64_t head) const {
-    std::vector<double> sums(pitch_, 0.0);
+    std::vector<double> sums(plan_.pitch, 0.0);
     for (int64_t batch = 0; batch < sizes_.batch; ++batch) {
-      for (int64_t block = 0; block < query_blocks_; ++block) {
+      for (int64_t block = 0; block < plan_.query_blocks; ++block) {
         const A* from = dweights(batch, head, block);
-        for (int64_t c = 0; c < pitch_; ++c) sums[c] += static_cast<double>(from[c]);
+        for (int64_t c = 0; c < plan_.pitch; ++c) sums[c] += static_cast<double>(from[c]);
       }
     }
     A* to = args_.dscore_weight + head * sizes_.head_dim;
@@ -124,6 +110,8 @@ class Backward {
   }
 
  private:
+  using Packed = PackedBlock<A>;
+  using Scratch = AdditiveBackwardScratch<A>;
   static constexpr int64_t kLanes = V::kSize;
 
   struct Task {
@@ -132,75 +120,31 @@ class Backward {
     SeenKeys seen;
     QueryRows<A> queries[kMostStrips];  // of each strip
   };
-  // One block of keys and values.
-  struct Packed {
-    A* keys_t;    // panels of [pitch][W]: exp(2 k)
-    A* keys;      // [pitch / W] panels of [block_keys][W]: exp(2 k)
-    A* values_t;  // panels of [head_dim_v][W]
-  };
-  // What one thread works in.
-  struct Scratch {
-    A* rows;     // [block_keys][max(pitch, pitch_v)]: keys or values, before they are packed
-    A* direct;   // k itself, where products do not fit: panels as in Packed
-    A* plain;    // [block_rows][pitch], see QueryRows
-    A* powers;   // [block_rows][pitch]
-    A* dout;     // [block_rows][pitch_v]
-    A* dout_t;   // [head_dim_v][kTileRows]
-    A* douts;    // [pitch_v / W] panels of [block_rows][W]
-    A* p;        // [seen_blocks][block_rows][kAdditivePitch]
-    A* ds;       // [seen_blocks][block_rows][kAdditivePitch]
-    A* dq;       // [block_rows][pitch], without the factor 4 w
-    A* dk;       // [pitch / W] panels of [block_keys][W], without the factor 4 w
-    A* dv;       // [block_keys rounded up to kTileRows][pitch_v]
-  };
-
-  Scratch take(ByteArena& arena) const {
-    const int64_t scores = seen_blocks_ * block_rows_ * kAdditivePitch;
-    Scratch scratch;
-    arena.take(scratch.rows, block_keys_ * std::max(pitch_, pitch_v_));
-    arena.take(scratch.direct, block_keys_ * pitch_);
-    arena.take(scratch.plain, block_rows_ * pitch_);
-    arena.take(scratch.powers, block_rows_ * pitch_);
-    arena.take(scratch.dout, block_rows_ * pitch_v_);
-    arena.take(scratch.dout_t, kTileRows * sizes_.head_dim_v);
-    arena.take(scratch.douts, block_rows_ * pitch_v_);
-    arena.take(scratch.p, scores);
-    arena.take(scratch.ds, scores);
-    arena.take(scratch.dq, block_rows_ * pitch_);
-    arena.take(scratch.dk, block_keys_ * pitch_);
-    arena.take(scratch.dv, round_up(block_keys_, kTileRows) * pitch_v_);
-    return scratch;
-  }
-
-  int64_t packed_size() const { return block_keys_ * (2 * pitch_ + round_up(sizes_.head_dim_v, kLanes)); }
-  Packed packed_block(int64_t index) const {
-    A* base = packed_.get() + index * packed_size();
-    return {base, base + block_keys_ * pitch_, base + 2 * block_keys_ * pitch_};
-  }
+  Packed packed_block(int64_t index) const { return {packed_.get() + index * plan_.packed_size(), plan_}; }
   A* dweights(int64_t batch, int64_t head, int64_t block) const {
-    return dweights_.get() + ((batch * sizes_.num_heads + head) * query_blocks_ + block) * pitch_;
+    return dweights_.get() + ((batch * sizes_.num_heads + head) * plan_.query_blocks + block) * plan_.pitch;
   }
   int64_t block_index(const Task& task, int64_t block) const {
-    return (task.batch * sizes_.num_heads_k + task.head / sizes_.group()) * key_blocks_ + block;
+    return (task.batch * sizes_.num_heads_k + task.head / sizes_.group()) * plan_.key_blocks + block;
   }
   V factor(int64_t head, int64_t c) const { return V::load(weights_.head(head) + c) * V::broadcast(4); }
   // Where the scores of a row of the task and a block of keys lie, in p and in ds.
   int64_t score_offset(const Task& task, int64_t row, int64_t block) const {
-    return ((block - task.seen.first_block()) * block_rows_ + row) * kAdditivePitch;
+    return ((block - task.seen.first_block()) * plan_.block_rows + row) * kAdditivePitch;
   }
   // Rows beyond the last query are zeros, so that dS = 0 meets no NaN there.
   void load_rows_of(Task& task, const Scratch& scratch) const {
-    std::fill_n(scratch.plain, block_rows_ * pitch_, A(0));
-    std::fill_n(scratch.powers, block_rows_ * pitch_, A(0));
+    std::fill_n(scratch.plain, plan_.block_rows * plan_.pitch, A(0));
+    std::fill_n(scratch.powers, plan_.block_rows * plan_.pitch, A(0));
     const T* q = args_.q.row(task.batch, task.head, task.row);
     for (int64_t r = 0; r < task.rows; r += kTileRows) {
       task.queries[r / kTileRows] =
           load_queries(q + r * args_.q.seq_stride, args_.q.seq_stride, std::min(kTileRows, task.rows - r),
-                       sizes_.head_dim, pitch_, scratch.plain + r * pitch_, scratch.powers + r * pitch_);
+                       sizes_.head_dim, plan_.pitch, scratch.plain + r * plan_.pitch, scratch.powers + r * plan_.pitch);
     }
-    load_rows(scratch.dout, pitch_v_, args_.dout.row(task.batch, task.head, task.row), args_.dout.seq_stride,
+    load_rows(scratch.dout, plan_.pitch_v, args_.dout.row(task.batch, task.head, task.row), args_.dout.seq_stride,
               task.rows, sizes_.head_dim_v);
-    pack_panels(scratch.douts, block_rows_ * kLanes, scratch.dout, pitch_v_, task.rows, pitch_v_);
+    pack_panels(scratch.douts, plan_.block_rows * kLanes, scratch.dout, plan_.pitch_v, task.rows, plan_.pitch_v);
   }
 
   // Scores and dP of one strip, its first row counted in the task, against all keys that the task sees.
@@ -208,7 +152,7 @@ class Backward {
     const QueryRows<A>& queries = task.queries[r / kTileRows];
     for (int64_t c = 0; c < sizes_.head_dim_v; ++c) {
       for (int64_t i = 0; i < kTileRows; ++i) {
-        scratch.dout_t[c * kTileRows + i] = i < queries.rows ? scratch.dout[(r + i) * pitch_v_ + c] : 0;
+        scratch.dout_t[c * kTileRows + i] = i < queries.rows ? scratch.dout[(r + i) * plan_.pitch_v + c] : 0;
       }
     }
     for (int64_t block = task.seen.first_block(); block <= task.seen.last_block(); ++block) {
@@ -219,12 +163,12 @@ class Backward {
       const int64_t offset = score_offset(task, r, block) + begin;
       A *p = scratch.p + offset, *ds = scratch.ds + offset;
       if (queries.bounded && bounded_[index]) {
-        product_scores(queries, weights_.head(task.head), sizes_.head_dim, packed.keys_t + begin * pitch_, panels,
+        product_scores(queries, weights_.head(task.head), sizes_.head_dim, packed.keys_t + begin * plan_.pitch, panels,
                        p);
       } else {
         const int64_t keys = load_keys(task, block, scratch);
-        pack_transposed(scratch.direct, scratch.rows, pitch_, keys, pitch_);
-        direct_scores(queries, weights_.head(task.head), sizes_.head_dim, scratch.direct + begin * pitch_, panels,
+        pack_transposed(scratch.direct, scratch.rows, plan_.pitch, keys, plan_.pitch);
+        direct_scores(queries, weights_.head(task.head), sizes_.head_dim, scratch.direct + begin * plan_.pitch, panels,
                       p);
       }
       for (int64_t c = 0; c < sizes_.head_dim_v; c += kValueRun) {
@@ -242,7 +186,7 @@ class Backward {
   int64_t load_keys(const Task& task, int64_t block, const Scratch& scratch) const {
     const int64_t begin = block * kAdditiveBlockKeys;
     const int64_t keys = std::min(begin + kAdditiveBlockKeys, task.window.key_end) - begin;
-    load_rows(scratch.rows, pitch_, args_.k.row(task.batch, task.head / sizes_.group(), begin), args_.k.seq_stride,
+    load_rows(scratch.rows, plan_.pitch, args_.k.row(task.batch, task.head / sizes_.group(), begin), args_.k.seq_stride,
               keys, sizes_.head_dim);
     return keys;
   }
@@ -291,7 +235,7 @@ class Backward {
   void add_block(const Task& task, int64_t block, A* dweight, const Scratch& scratch) {
     const int64_t index = block_index(task, block), key_begin = block * kAdditiveBlockKeys;
     const int64_t begin = task.seen.begin_in(block), end = task.seen.end_in(block);
-    std::fill_n(scratch.dk, block_keys_ * pitch_, A(0));
+    std::fill_n(scratch.dk, plan_.block_keys * plan_.pitch, A(0));
     bool direct_is_packed = false;
     for (int64_t r = 0; r < task.rows; r += kTileRows) {
       const QueryRows<A>& queries = task.queries[r / kTileRows];
@@ -304,7 +248,7 @@ class Backward {
       } else {
         if (!direct_is_packed) {
           const int64_t keys = load_keys(task, block, scratch);
-          pack_panels(scratch.direct, block_keys_ * kLanes, scratch.rows, pitch_, keys, pitch_);
+          pack_panels(scratch.direct, plan_.block_keys * kLanes, scratch.rows, plan_.pitch, keys, plan_.pitch);
           direct_is_packed = true;
         }
         add_strip<true>(r, queries, ds, first, last, scratch.direct, dweight, scratch);
@@ -312,7 +256,7 @@ class Backward {
     }
     make_dv(task, block, begin, end, scratch);
 
-    const int64_t first_block = task.window.query_begin(key_begin) / block_rows_;
+    const int64_t first_block = task.window.query_begin(key_begin) / plan_.block_rows;
     const int64_t turn = (task.block - first_block) * sizes_.group() + task.head % sizes_.group();
     while (turns_[index].load(std::memory_order_acquire) != turn) std::this_thread::yield();
     for (int64_t key = begin; key < end; ++key) {
@@ -320,11 +264,11 @@ class Backward {
       A* dk = dk_.row(task.batch, head_k, key_begin + key);
       A* dv = dv_.row(task.batch, head_k, key_begin + key);
       for (int64_t c = 0; c < sizes_.head_dim; c += kLanes) {
-        add_columns(V::load(scratch.dk + c * block_keys_ + key * kLanes) * factor(task.head, c), dk + c,
+        add_columns(V::load(scratch.dk + c * plan_.block_keys + key * kLanes) * factor(task.head, c), dk + c,
                     sizes_.head_dim - c);
       }
       for (int64_t c = 0; c < sizes_.head_dim_v; c += kLanes) {
-        add_columns(V::load(scratch.dv + key * pitch_v_ + c), dv + c, sizes_.head_dim_v - c);
+        add_columns(V::load(scratch.dv + key * plan_.pitch_v + c), dv + c, sizes_.head_dim_v - c);
       }
     }
     turns_[index].store(turn + 1, std::memory_order_release);
@@ -335,12 +279,13 @@ class Backward {
   void add_strip(int64_t r, const QueryRows<A>& queries, const A* ds, int64_t begin, int64_t end, const A* keys,
                  A* dweight, const Scratch& scratch) const {
     const A* q = kDirect ? queries.plain : queries.powers;
-    for (int64_t c = 0; c < pitch_; c += kLanes) {
+    for (int64_t c = 0; c < plan_.pitch; c += kLanes) {
       V dw = V::load(dweight + c);
       for (int64_t i = 0; i < queries.rows; i += kRowsTogether) {
-        dw = dw + add_gradients<kRowsTogether, kDirect>(q + i * pitch_ + c, ds + i * kAdditivePitch,
-                                                        keys + c * block_keys_, scratch.dk + c * block_keys_, begin, end,
-                                                        scratch.dq + (r + i) * pitch_ + c, pitch_);
+        dw = dw + add_gradients<kRowsTogether, kDirect>(
+                      q + i * plan_.pitch + c, ds + i * kAdditivePitch, keys + c * plan_.block_keys,
+                      scratch.dk + c * plan_.block_keys, begin, end, scratch.dq + (r + i) * plan_.pitch + c,
+                      plan_.pitch);
       }
       dw.store(dweight + c);
     }
@@ -354,9 +299,9 @@ class Backward {
       const int64_t last = std::min(task.window.query_end_of(last_key) - task.row, task.rows);
       tile_rows<kTileRows, TileLayout<1, kAdditivePitch>>(
           std::max<int64_t>(last - first, 0), scratch.p + score_offset(task, first, block) + key,
-          scratch.douts + first * kLanes, block_rows_ * kLanes, pitch_v_ / kLanes,
+          scratch.douts + first * kLanes, plan_.block_rows * kLanes, plan_.pitch_v / kLanes,
           [&](int64_t i, int64_t panel, V value) {
-            if (key + i < end) value.store(scratch.dv + (key + i) * pitch_v_ + panel * kLanes);
+            if (key + i < end) value.store(scratch.dv + (key + i) * plan_.pitch_v + panel * kLanes);
           });
     }
   }
@@ -369,13 +314,12 @@ class Backward {
   const AdditiveProblem& problem_;
   const AttentionSizes& sizes_;
   const ScoreWeights<T> weights_;
-  const int64_t strips_, block_rows_, query_blocks_, key_blocks_, block_keys_, seen_blocks_, pitch_, pitch_v_;
+  const AdditiveBackwardPlan<A> plan_;
   const Sums<T> dk_, dv_;
   const Buffer<A> packed_;
   const Buffer<bool> bounded_;  // per (batch, head_k, key block)
   const Buffer<A> dweights_;  // (batch, num_heads, query_blocks, pitch): sums of dS y
   std::vector<std::atomic<int32_t>> turns_;  // (batch, num_heads_k, key_blocks): how many tasks have added to dk and dv
-  int64_t scratch_bytes_;
 };
 
 }  // namespace
