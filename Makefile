@@ -10,7 +10,7 @@ MODELS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.cu csrc/*/*.h)
 
 .PHONY: bench test models setup build lint clean
 

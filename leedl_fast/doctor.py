@@ -9,7 +9,7 @@ from rich.table import Table
 
 import leedl_fast
 from leedl_fast import backends, config
-from leedl_fast.backends import cpu_modules, triton
+from leedl_fast.backends import cpu_modules, cuda, triton
 
 
 def processor() -> str:
@@ -50,6 +50,14 @@ def _states(backend: str) -> list[tuple[str, str]]:
             return [(backend, "[green]runs[/] in Triton's interpreter")]
         if not torch.cuda.is_available():
             return [(backend, "[yellow]does not run[/]: torch sees no GPU here")]
+        return [(backend, f"[green]runs[/] on {torch.cuda.get_device_name()}")]
+    if backend == "cuda":
+        reason = cuda.reason()
+        if reason is None and not torch.cuda.is_available():
+            reason = "torch sees no GPU here"
+        reason = reason or cuda.unsupported_device(torch.device("cuda"))
+        if reason is not None:
+            return [(backend, f"[yellow]does not run[/]: {reason}")]
         return [(backend, f"[green]runs[/] on {torch.cuda.get_device_name()}")]
     if backend == "eager":
         return [

@@ -6,18 +6,8 @@
 
 #include "amx.h"
 #include "entry_points.h"
+#include "tensor_caster.h"
 #include "tensors.h"
-
-// Arguments of type Tensor.
-template <>
-struct pybind11::detail::type_caster<leedl::Tensor> {
-  PYBIND11_TYPE_CASTER(leedl::Tensor, const_name("torch.Tensor | None"));
-  bool load(handle source, bool) {
-    const bool is_read = leedl::read_tensor(source.ptr(), &value);
-    if (PyErr_Occurred() != nullptr) throw error_already_set();
-    return is_read;
-  }
-};
 
 namespace {
 

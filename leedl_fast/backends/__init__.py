@@ -25,20 +25,21 @@ class Implementation(NamedTuple):
 EAGER = Implementation("eager", lambda problem: None, {})  # ops call leedl_fast.reference instead
 
 # Per device type; every other device has only "eager".
-_ORDER = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager")}
+_ORDER = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 _active: str | None = config.BACKEND  # a plain global: torch.compile guards on it, and recompiles
 
 
 def names() -> tuple[str, ...]:
     """All backends that exist, whether or not they can run here."""
-    return ("cpu", "triton", "eager")
+    return ("cpu", "triton", "cuda", "eager")
 
 
 def table(backend: str) -> Mapping[str, Implementation]:
     """The ops that `backend` implements."""
-    from leedl_fast.backends import cpu, triton
+    from leedl_fast.backends import cpu, cuda, triton
 
-    return {"cpu": cpu.TABLE, "triton": triton.TABLE, "eager": _EAGER_TABLE}[backend]
+    tables = {"cpu": cpu.TABLE, "triton": triton.TABLE, "cuda": cuda.TABLE, "eager": _EAGER_TABLE}
+    return tables[backend]
 
 
 _EAGER_TABLE = dict.fromkeys(
@@ -76,7 +77,7 @@ def select(op: str, problem: Any, backend: str | None = None) -> Implementation:
 
 @contextmanager
 def use_backend(backend: str | None) -> Iterator[None]:
-    """Run every op called inside on `backend` ("cpu", "triton", "eager"); None: each op picks.
+    """Run every op called inside on `backend`, one of `names()`; None: each op picks.
 
     Like the `backend=` argument it never falls back: an op that the backend cannot run raises
     NotImplementedError. Holds for the whole process, threads included.

@@ -72,7 +72,7 @@ def add_layer_norm(
         seed: of the mask: an int, or an int64 tensor of one element; None draws one from torch's
             default generator. One seed gives one mask on every backend. Not read for dropout_p=0.
         out: (normed, summed) to fill, contiguous; only where no gradient is wanted.
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         (normed, summed), both of the shape of x, normed in the dtype of x and summed in that of

@@ -130,7 +130,7 @@ def attention(
             default generator.
         return_lse: return (out, lse) with lse (batch, num_heads, seqlen_q), the natural log of each
             query's sum of exponentials, in float32 (float64 for float64); differentiable.
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         out, (batch, num_heads, seqlen_q, head_dim_v), in the dtype and storage order of q.

@@ -48,7 +48,7 @@ def randn(
             a torch.Generator, which means torch's own stream, torch.randn(shape, generator=seed).
         dtype: float32, float64, bfloat16 or float16. The numbers are made in float32 and converted.
         device: where the result lies.
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         A tensor of that shape. Not differentiable.
@@ -90,7 +90,7 @@ def add_noise(
         seed: where the noise comes from, as in `randn`; it is made in the kernel and never stored.
             `noise_prediction_loss` with the same seed makes it again. Draw a new seed per step.
         noise: the noise itself, of the shape and dtype of sample, instead of a seed.
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         The noisy samples, of the shape and dtype of sample; differentiable in sample and noise.
@@ -136,7 +136,7 @@ def noise_prediction_loss(
         timesteps, schedule, seed, noise: the same as given to `add_noise`.
         prediction_type: "epsilon", "v_prediction" or "sample".
         reduction: "mean" over all elements, or "sum".
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         A scalar of the dtype of model_output; sums are float64 on the CPU. Differentiable any
@@ -203,7 +203,7 @@ def ddpm_step(
         unconditional_output, guidance_scale: classifier-free guidance (Ho and Salimans 2022): the
             model is taken to have said unconditional_output + guidance_scale (model_output -
             unconditional_output).
-        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         prev_sample, of the shape and dtype of sample; the step to the clean sample adds no noise.

@@ -25,6 +25,8 @@ class Tensor {
     return reinterpret_cast<T*>(address());
   }
   DType dtype() const;  // throws where it is another one
+  int device_index() const { return tensor_.device.index; }
+  void* stream() const;  // on which torch has the work of the tensor's device done
   int dimensions() const { return tensor_.ndim; }
   int64_t size(int dimension) const { return tensor_.shape[dimension < 0 ? tensor_.ndim + dimension : dimension]; }
   int64_t stride(int dimension) const { return tensor_.strides[dimension]; }  // in elements

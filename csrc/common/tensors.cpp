@@ -84,6 +84,15 @@ DType Tensor::dtype() const {
   throw std::invalid_argument("a tensor must be float32, float64, bfloat16 or float16");
 }
 
+void* Tensor::stream() const {
+  void* stream = nullptr;
+  const auto [type, index] = tensor_.device;
+  if (exchange_api->current_work_stream(type, index, &stream) != 0) {
+    throw std::runtime_error("torch does not tell the current stream of the tensors' device");
+  }
+  return stream;
+}
+
 int64_t Tensor::numel() const {
   int64_t numel = tensor_.data == nullptr ? 0 : 1;
   for (int i = 0; i < tensor_.ndim; ++i) numel *= tensor_.shape[i];

@@ -39,7 +39,7 @@ struct ExchangeApi {
   void (*managed_tensor_from_py_object_no_sync)();
   void (*managed_tensor_to_py_object_no_sync)();
   int (*tensor_from_py_object_no_sync)(void* py_object, Tensor* out);  // 0, or -1 with a Python exception set
-  int (*current_work_stream)(int32_t device_type, int32_t device_index, void** stream);
+  int (*current_work_stream)(int32_t device_type, int32_t device_index, void** stream);  // 0, or -1 as above
 };
 
 constexpr char kExchangeApiName[] = "dlpack_exchange_api";
