@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,7 +67,8 @@ class VectorQuantizer(nn.Module):
     loss of codebook and commitment, equation 3 of the paper without its first term.
 
     While training it counts, in moving averages, how often each code is used at each position. A
-    code that is hardly used any more moves to a latent of the batch.
+    code that is hardly used any more moves to a latent of the batch. Processes that train together
+    (torch.distributed, each with a batch of its own) count together, and keep one codebook.
     """
 
     counts: Tensor
@@ -100,16 +102,23 @@ class VectorQuantizer(nn.Module):
         config = self.config
         flat = latents.flatten(0, 1)
         chosen = F.one_hot(indices, config.num_codes).to(flat.dtype)  # (batch * patches, codes)
+        counts, sums = chosen.view(*latents.shape[:2], -1).sum(dim=0), chosen.T @ flat
+        several = dist.is_available() and dist.is_initialized()
+        if several:
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
         share = 1 - config.decay
-        self.counts.lerp_(chosen.view(*latents.shape[:2], -1).sum(dim=0), share)
-        self.sums.lerp_(chosen.T @ flat, share)
+        self.counts.lerp_(counts, share)
+        self.sums.lerp_(sums, share)
         usage = self.counts.sum(dim=0)
         if config.codebook == "ema":
             self.codes.copy_(self.sums / usage[:, None].clamp_min(1e-5))
         unused = usage < 0.1 * usage.mean()
         if unused.any():
-            drawn = torch.randint(len(flat), (config.num_codes,), device=flat.device)
-            self.codes[unused] = flat[drawn][unused]
+            drawn = flat[torch.randint(len(flat), (config.num_codes,), device=flat.device)]
+            if several:
+                dist.broadcast(drawn, src=0)
+            self.codes[unused] = drawn[unused]
             self.counts[:, unused] = self.counts.mean(dim=1, keepdim=True)
             self.sums[unused] = self.codes[unused] * usage.mean()
 

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 import leedl_fast.layers.add_layer_norm
 import leedl_fast.layers.attention
 from leedl_fast.data.images import load_digits
+from leedl_fast.models import vqvae
 from leedl_fast.training.callbacks import Recorder
 from leedl_fast.training.checkpoint import KEY, read_checkpoint
-from leedl_fast.training.engine import resumed_run, train
+from leedl_fast.training.engine import make_task, resumed_run, train
 from leedl_fast.training.registry import configure
 from leedl_fast.training.tasks import cyclegan
 from leedl_fast.training.tasks.gpt import GPTTask
@@ -178,7 +179,45 @@ def layers(folder, patch):
         assert result.metrics == pytest.approx(expected.metrics, rel=1e-3), config.task
 
 
-CHECKS = (shares, interrupted, precisions, adversaries, layers)
+def codebook(folder, patch):
+    """Two processes keep one codebook: that of one process with both batches."""
+    sizes = SIZES | {"steps": 6, "num_codes": 24}
+    for option, decay in (("ema", 0.98), ("loss", 0.98), ("ema", 0.3), ("loss", 0.3)):
+        config = configure("vqvae", **sizes, codebook=option, decay=decay)
+        moved = []
+
+        def check(task, step, rank):
+            for tensor in (*task.parameters(), *task.buffers()):
+                both = [torch.empty_like(tensor) for _ in range(2)]
+                torch.distributed.all_gather(both, tensor.detach())
+                assert torch.equal(*both), (task.model.config, step)
+
+        def broadcast(tensor, src, broadcast=torch.distributed.broadcast, moved=moved):
+            broadcast(tensor, src=src)
+            moved += [tensor] if tensor.shape == (24, 16) else []
+
+        with patch.context() as during:
+            after_each_step(during, check)
+            during.setattr(vqvae.dist, "broadcast", broadcast)
+            result = run(config, "ddp")
+        assert bool(moved) == (decay < 0.9)
+        if moved:
+            continue
+        one = make_task(config)
+        setup = one.configure_optimizers()
+        with patch.context() as alone:
+            alone.setattr(vqvae.dist, "is_initialized", lambda: False)
+            for step in range(config.settings.steps):
+                setup["optimizer"].zero_grad()
+                one.loss(torch.cat([one.batch(2 * step + rank) for rank in range(2)])).backward()
+                torch.nn.utils.clip_grad_norm_(one.parameters(), config.settings.gradient_clip)
+                setup["optimizer"].step()
+                setup["lr_scheduler"]["scheduler"].step()
+        trained = result.task.model.quantizer.state_dict()
+        torch.testing.assert_close(trained, one.model.quantizer.state_dict(), atol=2e-5, rtol=0)
+
+
+CHECKS = (shares, interrupted, precisions, adversaries, layers, codebook)
 
 if __name__ == "__main__":
     with pytest.MonkeyPatch.context() as patch:

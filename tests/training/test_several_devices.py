@@ -149,7 +149,9 @@ def test_a_run_goes_on_sharded_and_then_whole(folder, monkeypatch):
     assert end.losses == pytest.approx(losses, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["shares", "interrupted", "precisions", "adversaries", "layers"])
+@pytest.mark.parametrize(
+    "name", ["shares", "interrupted", "precisions", "adversaries", "layers", "codebook"]
+)
 def test_sharded_runs(folder, name):
     """See there."""
     run_on_two([Path(__file__).parent / "sharded_runs.py", name, folder], folder)
