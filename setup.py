@@ -28,14 +28,14 @@ CPU_FLAGS = [
 ]
 BINDINGS = "module.cpp"  # nothing to optimise but pybind11's templates
 CUDA_FLAGS = [
-    "-std=c++17 -O3 -fmad=false",  # as on the CPU
+    "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all",  # no contraction, as on the CPU
     "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
     "-Icsrc/cuda -Icsrc/common",
 ]
 # A GPU runs the code of its own generation, or the newest generation's PTX. The order is theirs.
 CUDA_TARGETS = ("80", "90", "100")
 # torch has another CUDA runtime, whose functions must not take the place of the module's own.
-CUDA_LINK_FLAGS = "-shared -cudart static -Xlinker --exclude-libs,ALL"
+CUDA_LINK_FLAGS = "-shared -cudart static -nodlink -Xlinker --exclude-libs,ALL,--strip-all"
 X86_FLAGS = {
     "_cpu_avx512": "-march=x86-64-v4 -mprefer-vector-width=512",
     "_cpu_avx2": "-march=x86-64-v3",

@@ -13,6 +13,9 @@ constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
+// The counter's last word sets the masks apart (leedl_fast/reference/philox.py).
+constexpr uint32_t kAttentionStream = 1, kAddLayerNormStream = 2;
+
 struct Philox4x32 {
   uint32_t word[4];
 };

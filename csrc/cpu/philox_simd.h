@@ -11,9 +11,6 @@
 
 namespace leedl {
 
-// The counter's last word sets the masks apart (leedl_fast/reference/philox.py).
-constexpr uint32_t kAttentionStream = 1, kAddLayerNormStream = 2;
-
 // Element `column` of a row takes word column & 3 of the counter (column >> 2, word1, word2, stream) under the seed; a
 // word below dropout_p * 2^32 drops it.
 template <typename A>

@@ -9,8 +9,31 @@
 
 namespace leedl::entry_points {
 
+// False, and nothing is done, where weight or bias is not contiguous or x or residual has no one row stride. The other
+// tensors are contiguous.
+bool add_layer_norm_forward(const Tensor& normed, const Tensor& summed, const Tensor& x, const Tensor& residual,
+                            const Tensor& weight, const Tensor& bias, const Tensor& seed, double eps, bool rms,
+                            double dropout_p);
+void add_layer_norm_dropout_backward(const Tensor& dx, const Tensor& dresidual, const Tensor& seed, double dropout_p);
+// partial: (parts, 2, n) float32, to work in; it has any number of parts, which decides the order of the sums.
+void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, const Tensor& dbias,
+                             const Tensor& partial, const Tensor& dnormed, const Tensor& dsummed, const Tensor& summed,
+                             const Tensor& weight, double eps, bool rms);
+
 // Of diffusion, samples are (batch, ...) and contiguous, coefficients (batch, kinds) float64, seeds and streams (batch,)
 // int64. Either noise is given or made from the seeds.
 void randn(const Tensor& out, const Tensor& seeds);
+void add_noise(const Tensor& noisy, const Tensor& sample, const Tensor& noise, const Tensor& coefficients,
+               const Tensor& seeds);
+// partial: (batch, parts) float64, to work in; it has any number of parts, which decides the order of the sums.
+void noise_prediction_loss_forward(const Tensor& sums, const Tensor& partial, const Tensor& model_output,
+                                   const Tensor& sample, const Tensor& noise, const Tensor& coefficients,
+                                   const Tensor& seeds);
+void noise_prediction_loss_backward(const Tensor& dmodel_output, const Tensor& model_output, const Tensor& sample,
+                                    const Tensor& noise, const Tensor& coefficients, const Tensor& dsums,
+                                    const Tensor& seeds);
+void step(const Tensor& prev_sample, const Tensor& model_output, const Tensor& unconditional_output,
+          const Tensor& sample, const Tensor& noise, const Tensor& coefficients, const Tensor& seeds,
+          const Tensor& streams, double guidance_scale, double clip_range);
 
 }  // namespace leedl::entry_points

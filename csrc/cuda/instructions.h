@@ -16,6 +16,16 @@ __device__ __forceinline__ T* shared_memory() {
   return reinterpret_cast<T*>(memory);
 }
 
+// 16 bytes at a multiple of 16; in global memory where they are stored. Left to itself, the compiler stores a vector's
+// words one by one.
+__device__ __forceinline__ uint4 load_vector(const void* from) { return *static_cast<const uint4*>(from); }
+
+__device__ __forceinline__ void store_vector(void* to, uint4 vector) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(vector.x),
+               "r"(vector.y), "r"(vector.z), "r"(vector.w)
+               : "memory");
+}
+
 // Two numbers rounded to bfloat16 or float16, `low` in the low half.
 __device__ __forceinline__ uint32_t bfloat16_pair(float low, float high) {
   uint32_t pair;

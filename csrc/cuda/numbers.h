@@ -48,7 +48,7 @@ __device__ __forceinline__ void load_aligned(const T* from, float (&to)[kCount])
   if constexpr (kBytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < kBytes / 16; ++i) {
-      const uint4 vector = reinterpret_cast<const uint4*>(from)[i];
+      const uint4 vector = load_vector(reinterpret_cast<const uint4*>(from) + i);
       words[4 * i] = vector.x;
       words[4 * i + 1] = vector.y;
       words[4 * i + 2] = vector.z;
@@ -88,7 +88,8 @@ __device__ __forceinline__ void store_aligned(const float (&from)[kCount], T* to
   if constexpr (kBytes % 16 == 0) {
 #pragma unroll
     for (int i = 0; i < kBytes / 16; ++i) {
-      reinterpret_cast<uint4*>(to)[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      const uint4 vector = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+      store_vector(reinterpret_cast<uint4*>(to) + i, vector);
     }
   } else if constexpr (kBytes == 8) {
     *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);

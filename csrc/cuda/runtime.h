@@ -23,6 +23,13 @@ __host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
+// So many blocks as the x of a grid.
+inline unsigned grid_size(int64_t blocks) {
+  constexpr int64_t kMost = 0x7FFFFFFF;
+  if (blocks > kMost) throw std::invalid_argument("the tensors are too large for one launch");
+  return static_cast<unsigned>(blocks);
+}
+
 // The stream on which the work on `tensor` is done; its device is the current one while this lives.
 class Stream {
  public:

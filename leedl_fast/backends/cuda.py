@@ -64,12 +64,98 @@ def _unsupported(problem: Any) -> str | None:
     return unsupported_device(problem.device)
 
 
+def _add_layer_norm_forward(
+    problem: Any,
+    normed: Tensor,
+    summed: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor | None,
+) -> None:
+    options = problem.eps, problem.norm == "rms", problem.dropout_p
+    run = _module().add_layer_norm_forward
+    if not run(normed, summed, x, residual, weight, bias, seed, *options):
+        x, residual = x.contiguous(), residual.contiguous()
+        weight = None if weight is None else weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        run(normed, summed, x, residual, weight, bias, seed, *options)
+
+
+def _add_layer_norm_backward(
+    problem: Any,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dnormed: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    # Blocks that fill a GPU, of 16 rows or more, and partial sums that its cache holds.
+    parts = max(1, min(-(-problem.rows // 16), 2**21 // problem.n, 1024))
+    partial = torch.empty(parts, 2, problem.n, dtype=torch.float32, device=problem.device)
+    _module().add_layer_norm_backward(
+        dx,
+        None if weight is None else dweight,
+        None if bias is None else dbias,
+        *(partial, dnormed, dsummed, summed, weight if weight is None else weight.contiguous()),
+        *(problem.eps, problem.norm == "rms"),
+    )
+
+
+def _add_layer_norm_dropout_backward(
+    problem: Any, dx: Tensor, dresidual: Tensor, seed: Tensor
+) -> None:
+    _module().add_layer_norm_dropout_backward(dx, dresidual, seed, problem.dropout_p)
+
+
 def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
     _module().randn(out, seeds)
 
 
+def _add_noise(problem: Any, *tensors: Tensor | None) -> None:
+    _module().add_noise(*tensors)
+
+
+def _loss_forward(problem: Any, sums: Tensor, *inputs: Tensor | None) -> None:
+    # Blocks of so many numbers fill a GPU, and one warp adds what they make of a sample.
+    parts = max(1, min(-(-problem.n // 8192), 1024))
+    partial = torch.empty(problem.batch, parts, dtype=torch.float64, device=problem.device)
+    _module().noise_prediction_loss_forward(sums, partial, *inputs)
+
+
+def _loss_backward(problem: Any, *tensors: Tensor | None) -> None:
+    _module().noise_prediction_loss_backward(*tensors)
+
+
+def _step(problem: Any, *tensors: Tensor | None) -> None:
+    _module().step(*tensors, problem.guidance_scale, problem.clip_range or 0.0)
+
+
 TABLE = MappingProxyType(
     {
-        "diffusion": Implementation("cuda", _unsupported, {"diffusion_randn": _randn}),
+        "add_layer_norm": Implementation(
+            "cuda",
+            _unsupported,
+            {
+                "add_layer_norm_forward": _add_layer_norm_forward,
+                "add_layer_norm_backward": _add_layer_norm_backward,
+                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
+            },
+        ),
+        "diffusion": Implementation(
+            "cuda",
+            _unsupported,
+            {
+                "diffusion_randn": _randn,
+                "diffusion_add_noise": _add_noise,
+                "diffusion_noise_prediction_loss_forward": _loss_forward,
+                "diffusion_noise_prediction_loss_backward": _loss_backward,
+                "diffusion_step": _step,
+            },
+        ),
     }
 )

@@ -10,6 +10,17 @@ T* shared_memory() {
   return reinterpret_cast<T*>(emulator::shared_memory);
 }
 
+// Another address would end a kernel on the device.
+inline uint4 load_vector(const void* from) {
+  emulator::check_alignment(from, sizeof(uint4));
+  return *static_cast<const uint4*>(from);
+}
+
+inline void store_vector(void* to, uint4 vector) {
+  emulator::check_alignment(to, sizeof(vector));
+  *static_cast<uint4*>(to) = vector;
+}
+
 inline uint32_t bfloat16_pair(float low, float high) {
   const auto rounded = [](float x) -> uint32_t {
     if (std::isnan(x)) return 0x7FFF;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -227,6 +229,12 @@ void set_seed(uint64_t seed) {
 void wait_for_block() {
   running->state = State::kAtBlockBarrier;
   yield();
+}
+
+void check_alignment(const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes == 0) return;
+  std::fprintf(stderr, "an access of %zu bytes at %p\n", bytes, address);
+  std::abort();
 }
 
 const void* exchange_bytes(const char* instruction, uint32_t mask, const void* mine, size_t bytes) {

@@ -33,6 +33,9 @@ void set_seed(uint64_t seed);
 
 void wait_for_block();
 
+// Ends the process where `address` is no multiple of `bytes`, as a GPU ends the kernel.
+void check_alignment(const void* address, size_t bytes);
+
 // Waits for the lanes of `mask`, each of which hands in `bytes` at `mine`; the bytes of lane i are at [i * bytes] of what
 // it returns, until the thread's next exchange. `instruction`: all of them must be at the same one.
 const void* exchange_bytes(const char* instruction, uint32_t mask, const void* mine, size_t bytes);
