@@ -78,9 +78,10 @@ const A* widened(const T* from, int64_t count, A* buffer) {
 }
 
 // Calls body(sample, block, offset, count, noise) for every chunk, the chunks of a block in their order. The chunk is
-// elements offset .. offset + count - 1 of the whole tensor.
+// elements offset .. offset + count - 1 of the whole tensor. Where the noise itself is the output, `in_place`, whole
+// groups of it are made there, and the body gets what is left.
 template <typename T, typename Body>
-void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& body) {
+void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& body, float* in_place = nullptr) {
   using A = Accumulate<T>;
   const int64_t blocks = samples.blocks(), tasks = samples.batch * blocks;
   const int64_t task_size = std::clamp(samples.n, NormalGenerator::kGroup, kBlock);
@@ -98,6 +99,10 @@ void for_each_chunk(const Samples& samples, const Noise<T>& noise, const Body& b
     for (int64_t first = block * kBlock; first < end; first += kChunk) {
       const int64_t count = std::min(kChunk, end - first), offset = sample * samples.n + first;
       const A* z = kZeros<A>;
+      if (in_place != nullptr && count % NormalGenerator::kGroup == 0) {
+        generator.fill(first, count, in_place + offset);
+        continue;
+      }
       if (is_made) {
         generator.fill(first, count, made);
         z = widened<A>(made, count, buffer);
@@ -198,11 +203,16 @@ void sample_seeds(const Tensor& seeds, int64_t seed) {
 void randn(const Tensor& out, const Tensor& seeds, const Tensor& streams, int num_threads) {
   dispatch(out.dtype(), [&](auto tag) {
     using T = typename decltype(tag)::Type;
+    using A = Accumulate<T>;
     const Noise<T> noise = {nullptr, seeds.data<const int64_t>(), streams.data<const int64_t>(), nullptr, 0};
-    fill_chunks<T>(out.data<T>(), Samples(out, num_threads), noise,
-                   [](int64_t, int64_t, int64_t count, const auto* z, T* target) {
-                     fill_vectors<Accumulate<T>>(target, count, [z](auto load) { return load(z); });
-                   });
+    T* const target = out.data<T>();
+    const Samples samples(out, num_threads);
+    advise_huge_pages(target, out.numel() * static_cast<int64_t>(sizeof(T)));
+    float* const in_place = std::is_same_v<T, float> ? out.data<float>() : nullptr;
+    const auto store = [=](int64_t, int64_t, int64_t offset, int64_t count, const A* z) {
+      fill_vectors<A>(target + offset, count, [z](auto load) { return load(z); });
+    };
+    for_each_chunk(samples, noise, store, in_place);
   });
 }
 

@@ -191,12 +191,14 @@ class NormalGenerator {
   }
 
   // Elements first .. first + count - 1, and up to the end of their group. `first` is a multiple of 4 and the range
-  // does not cross a multiple of 2^34 (so that the counter's high word is one number).
-  void fill(int64_t first, int64_t count, float* out) const {
+  // does not cross a multiple of 2^34 (so that the counter's high word is one number). A function of its own, with the
+  // groups inside: what all groups have in common is made once per call.
+  __attribute__((noinline)) void fill(int64_t first, int64_t count, float* out) const {
     constexpr int64_t kUnrolled = kChains * kGroup;
+    const NormalGenerator own = *this;  // which no store to `out` might change
     int64_t i = 0;
-    for (; i + kUnrolled <= count; i += kUnrolled) fill_groups<kChains>((first + i) / 4, out + i);
-    for (; i < count; i += kGroup) fill_groups<1>((first + i) / 4, out + i);
+    for (; i + kUnrolled <= count; i += kUnrolled) own.fill_groups<kChains>((first + i) / 4, out + i);
+    for (; i < count; i += kGroup) own.fill_groups<1>((first + i) / 4, out + i);
   }
 
  private:
@@ -204,12 +206,12 @@ class NormalGenerator {
   static constexpr int kChains = kVectorRegisters == 32 ? 4 : 3;
 
   template <int kCount>
-  void fill_groups(uint64_t block, float* out) const {
+  __attribute__((always_inline)) void fill_groups(uint64_t block, float* out) const {
     using V = Vec<float>;
     Words radius[kCount], angle[kCount];
     words<kCount>(block, radius, angle);
     V z0[kCount], z1[kCount];
-detail::normal_pairs<kCount>(radius, angle, z0, z1);
+    detail::normal_pairs<kCount>(radius, angle, z0, z1);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
       V low, high;
