@@ -279,7 +279,34 @@ def _sum_launch(programs: int, n: int, *_: Any) -> Launch:
     )
 
 
+def _wide_launch(kernel: Any, programs: int, problem: Any, *numbers: Any) -> Launch:
+    """Of a kernel for rows that do not fit registers; numbers: after its tensors."""
+    options = dict(_parts_of(problem.rows, problem.n).tile)
+    del options["BLOCK_M"]
+    constants = {"IS_RMS": problem.norm == "rms", "BLOCK_N": options.pop("BLOCK_N")}
+    return Launch(kernel, programs, numbers, constants, options)
+
+
+def _wide_statistics_launch(problem: Any) -> Launch:
+    kernel, rows = _wide_statistics_kernel, problem.rows
+    return _wide_launch(kernel, rows, problem, problem.n, problem.eps)
+
+
+def _wide_dx_launch(problem: Any) -> Launch:
+    return _wide_launch(_wide_dx_kernel, problem.rows, problem, problem.rows, problem.n)
+
+
+def _wide_partial_launch(problem: Any) -> Launch:
+    rows, n = problem.rows, problem.n
+    parts = _parts_of(rows, n)
+    programs = parts.programs * triton.cdiv(n, parts.tile["BLOCK_N"])
+    numbers = rows, n, parts.rows_per_program
+    return _wide_launch(_wide_partial_kernel, programs, problem, *numbers)
+
+
 _launch_backward, _launch_sum = Launcher(_backward_launch), Launcher(_sum_launch)
+_launch_wide_statistics = Launcher(_wide_statistics_launch)
+_launch_wide_dx, _launch_wide_partial = Launcher(_wide_dx_launch), Launcher(_wide_partial_launch)
 
 
 def backward(
@@ -324,27 +351,10 @@ def _wide_backward(
     summed: Tensor,
     weight: Tensor | None,
 ) -> None:
-    rows, n = problem.rows, problem.n
-    is_rms = problem.norm == "rms"
-    options = {name: value for name, value in parts.tile.items() if name != "BLOCK_M"}
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=dx.device)
-    _wide_statistics_kernel[(rows,)](mean, rstd, summed, n, problem.eps, is_rms, **options)
-    _wide_dx_kernel[(rows,)](
-        dx, dnormed, dsummed, summed, mean, rstd, weight, rows, n, is_rms, **options
-    )
-    if dweight_partial is None and dbias_partial is None:
-        return
-    blocks = triton.cdiv(n, options["BLOCK_N"])
-    _wide_partial_kernel[(parts.programs * blocks,)](
-        dweight_partial,
-        dbias_partial,
-        dnormed,
-        summed,
-        mean,
-        rstd,
-        rows,
-        n,
-        parts.rows_per_program,
-        is_rms,
-        **options,
-    )
+    # Each a tensor of its own, so that its address is aligned.
+    mean, rstd = (torch.empty(problem.rows, dtype=torch.float32, device=dx.device) for _ in "mr")
+    _launch_wide_statistics((problem,), mean, rstd, summed)
+    _launch_wide_dx((problem,), dx, dnormed, dsummed, summed, mean, rstd, weight)
+    if dweight_partial is not None or dbias_partial is not None:
+        partial = dweight_partial, dbias_partial
+        _launch_wide_partial((problem,), *partial, dnormed, summed, mean, rstd)

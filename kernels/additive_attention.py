@@ -4,13 +4,14 @@
 Scores are summed channel by channel, so that no (seqlen_q, seqlen_k, head_dim) tensor is made.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels.attention_arguments import heads
+from leedl_fast.kernels.attention_arguments import Heads
 from leedl_fast.kernels.attention_scores import head_of
 from leedl_fast.kernels.attention_tiles import (
     Window,
@@ -21,6 +22,7 @@ from leedl_fast.kernels.attention_tiles import (
     store_rows,
     tile_of,
 )
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 BLOCK = 16  # queries and keys of a tile: larger ones spill in IEEE float32 products
 
@@ -149,12 +151,12 @@ def _forward_kernel(out, row_max_ptr, row_sum_ptr, q, k, v, call, BLOCK: tl.cons
         tl.store(row_sum_ptr + row, row_sum, query < call.seqlen_q)
 
 
-def call_of(problem: Any, score_weight: Tensor, key_lengths: Tensor | None) -> Call:
-    """problem: the Problem of leedl_fast.ops.additive_attention."""
+def call_maker(problem: Any) -> Callable[[Any, Any], Call]:
+    """make(score_weight, key_lengths) -> Call, of tensors or addresses. problem: the Problem of
+    leedl_fast.ops.additive_attention.
+    """
     head_dim, head_dim_v = problem.head_dim, problem.head_dim_v
-    return Call(
-        score_weight,
-        key_lengths,
+    sizes = (
         problem.num_heads,
         problem.num_heads // max(problem.num_heads_k, 1),
         problem.seqlen_q,
@@ -163,11 +165,43 @@ def call_of(problem: Any, score_weight: Tensor, key_lengths: Tensor | None) -> C
         problem.window_right,
         *map(tl.constexpr, (head_dim, head_dim_v, padded(head_dim), padded(head_dim_v))),
     )
+    return lambda score_weight, key_lengths: Call(score_weight, key_lengths, *sizes)
 
 
 def warps_of(problem: Any) -> int:
     """So many that whole rows of a tile fit registers."""
     return 4 if padded(max(problem.head_dim, problem.head_dim_v)) <= 256 else 8
+
+
+def _forward_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
+    """strides: of out, q, k and v."""
+    make_call = call_maker(problem)
+    of_out, of_q, of_k, of_v = (of[:3] for of in strides)
+
+    def arranged(
+        out: Any, row_max: Any, row_sum: Any, q: Any, k: Any, v: Any, *others: Any
+    ) -> tuple:
+        return (
+            Heads(out, *of_out),
+            row_max,
+            row_sum,
+            Heads(q, *of_q),
+            Heads(k, *of_k),
+            Heads(v, *of_v),
+            make_call(*others),
+        )
+
+    return Launch(
+        _forward_kernel,
+        problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK),
+        (),
+        {"BLOCK": BLOCK},
+        {"num_warps": warps_of(problem), "enable_fp_fusion": True},
+        arranged,
+    )
+
+
+_launch_forward = Launcher(_forward_launch)
 
 
 def forward(
@@ -184,16 +218,6 @@ def forward(
     """Fills out, and the statistics that `additive_attention_backward.backward` takes unless they
     are None.
     """
-    programs = problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK)
-    if programs > 0:
-        _forward_kernel[(programs,)](
-            heads(out),
-            row_max,
-            row_sum,
-            heads(q),
-            heads(k),
-            heads(v),
-            call_of(problem, score_weight, key_lengths),
-            BLOCK=BLOCK,
-            num_warps=warps_of(problem),
-        )
+    if problem.batch * problem.num_heads * problem.seqlen_q > 0:
+        key = problem, *strides_of(out, q, k, v)
+        _launch_forward(key, out, row_max, row_sum, q, k, v, score_weight, key_lengths)

@@ -15,16 +15,17 @@ from torch import Tensor
 
 from leedl_fast.kernels.additive_attention import (
     BLOCK,
-    call_of,
+    call_maker,
     channel,
     pair_of,
     visible_scores,
     warps_of,
     window_of,
 )
-from leedl_fast.kernels.attention_arguments import Heads, heads
+from leedl_fast.kernels.attention_arguments import Heads
 from leedl_fast.kernels.attention_scores import head_of
 from leedl_fast.kernels.attention_tiles import key_tiles, query_tiles, store_rows, tile_of
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 
 @triton.jit
@@ -206,6 +207,67 @@ def _key_value_kernel(
     store_rows(dv_ptr, acc_dv, key, dv.stride_m, call.seqlen_k, HEAD_DIM_V, BLOCK_DV)
 
 
+def _query_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
+    """strides: of dq, dout, q, k and v."""
+    of_dq, of_dout, *of_inputs = (of[:3] for of in strides)
+    make_call = call_maker(problem)
+
+    def arranged(
+        dq: Any, columns: Any, delta: Any, dout: Any, row_max: Any, row_sum: Any, *others: Any
+    ) -> tuple:
+        return (
+            Heads(dq, *of_dq),
+            columns,
+            delta,
+            Heads(dout, *of_dout),
+            row_max,
+            row_sum,
+            *(Heads(x, *of) for x, of in zip(others, of_inputs, strict=False)),
+            make_call(*others[3:]),
+        )
+
+    programs = problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK)
+    return Launch(_query_kernel, programs, (), {"BLOCK": BLOCK}, _options(problem), arranged)
+
+
+def _key_value_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
+    """strides: of dk, dv, dout, q, k and v."""
+    of_dk, of_dv, of_dout, *of_inputs = (of[:3] for of in strides)
+    make_call = call_maker(problem)
+
+    def arranged(
+        dk: Any,
+        dv: Any,
+        columns: Any,
+        delta: Any,
+        dout: Any,
+        row_max: Any,
+        row_sum: Any,
+        *others: Any,
+    ) -> tuple:
+        return (
+            Heads(dk, *of_dk),
+            Heads(dv, *of_dv),
+            columns,
+            delta,
+            Heads(dout, *of_dout),
+            row_max,
+            row_sum,
+            *(Heads(x, *of) for x, of in zip(others, of_inputs, strict=False)),
+            make_call(*others[3:]),
+        )
+
+    programs = problem.batch * problem.num_heads_k * triton.cdiv(problem.seqlen_k, BLOCK)
+    return Launch(_key_value_kernel, programs, (), {"BLOCK": BLOCK}, _options(problem), arranged)
+
+
+def _options(problem: Any) -> dict[str, Any]:
+    return {"num_warps": warps_of(problem), "num_stages": 1, "enable_fp_fusion": True}
+
+
+_launch_query, _launch_key_value = Launcher(_query_launch), Launcher(_key_value_launch)
+
+
 def backward(
     problem: Any,
     dq: Tensor,
@@ -222,21 +284,20 @@ def backward(
     row_sum: Tensor,
 ) -> None:
     """Fills the gradients; the statistics as `additive_attention.forward` has them."""
-    batch, num_heads = problem.batch, problem.num_heads
+    batch, num_heads, head_dim = problem.batch, problem.num_heads, problem.head_dim
     query_blocks = triton.cdiv(problem.seqlen_q, BLOCK)
-    query_programs = batch * num_heads * query_blocks
-    key_programs = batch * problem.num_heads_k * triton.cdiv(problem.seqlen_k, BLOCK)
+    key_blocks = triton.cdiv(problem.seqlen_k, BLOCK)
     delta = torch.empty_like(row_max)
     # Each program's columns, of dq and dweight or of dk and dv.
-    of_queries = row_max.new_empty(batch, num_heads, query_blocks, problem.head_dim * (BLOCK + 1))
-    of_keys = row_max.new_empty(key_programs * (problem.head_dim + problem.head_dim_v) * BLOCK)
-    inputs = heads(dout), row_max, row_sum, heads(q), heads(k), heads(v)
-    call = call_of(problem, score_weight, key_lengths)
-    options = {"BLOCK": BLOCK, "num_warps": warps_of(problem), "num_stages": 1}
-    if query_programs > 0:
-        _query_kernel[(query_programs,)](heads(dq), of_queries, delta, *inputs, call, **options)
-    if key_programs > 0:
-        _key_value_kernel[(key_programs,)](
-            heads(dk), heads(dv), of_keys, delta, *inputs, call, **options
-        )
-    torch.sum(of_queries[..., problem.head_dim * BLOCK :], dim=(0, 2), out=dscore_weight)
+    of_queries = row_max.new_empty(batch, num_heads, query_blocks, head_dim * (BLOCK + 1))
+    of_keys = row_max.new_empty(
+        batch * problem.num_heads_k * key_blocks * (head_dim + problem.head_dim_v) * BLOCK
+    )
+    inputs = dout, row_max, row_sum, q, k, v, score_weight, key_lengths
+    strides = strides_of(dout, q, k, v)
+    if of_queries.numel():
+        _launch_query((problem, *strides_of(dq), *strides), dq, of_queries, delta, *inputs)
+    if of_keys.numel():
+        key = problem, *strides_of(dk, dv), *strides
+        _launch_key_value(key, dk, dv, of_keys, delta, *inputs)
+    torch.sum(of_queries[..., head_dim * BLOCK :], dim=(0, 2), out=dscore_weight)

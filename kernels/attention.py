@@ -7,6 +7,7 @@ changes a score, it is folded into the factor. fp fusion is off, and fma explici
 statistics have to agree on the rounding of the products.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
@@ -15,16 +16,13 @@ from torch import Tensor
 
 from leedl_fast.kernels import attention_decode
 from leedl_fast.kernels.attention_arguments import (
-    Heads,
     Layout,
-    call_maker,
     descriptors_of,
+    launch_of_tiles,
     layout_of,
-    options_of,
     own_descriptors_of,
-    tiles_of,
 )
-from leedl_fast.kernels.attention_blocks import Blocks, blocks_for, programs_for
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for
 from leedl_fast.kernels.attention_scores import (
     head_of,
     place_of,
@@ -37,13 +35,18 @@ from leedl_fast.kernels.attention_tiles import Matrix, key_tiles, load_own, stor
 from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 
+class Results(NamedTuple):
+    """What is stored beside out: lse, and the first two of Statistics; or None each."""
+
+    lse: Any
+    base: Any
+    inverse_sum: Any
+
+
 class Operands(NamedTuple):
     """The tensors of a call, and descriptors of their tiles or None."""
 
     out: Any
-    lse: Any
-    base: Any
-    inverse_sum: Any
     q: Any
     k: Any
     v: Any
@@ -51,6 +54,7 @@ class Operands(NamedTuple):
     q_descriptor: Any
     k_descriptor: Any
     v_descriptor: Any
+    results: Any
 
 
 @triton.jit
@@ -80,11 +84,12 @@ def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
     )
     if call.NORMALIZER == "softmax":
         acc, lse, base, inverse_sum = normalized(acc, row_max * call.factor, row_sum, head, call)
-        if operands.lse is not None:
+        results = operands.results
+        if results.lse is not None:
             row = statistics_row(call, place, head) + query
-            tl.store(operands.lse + row, lse, query < place.seqlen_q)
-            tl.store(operands.base + row, base, query < place.seqlen_q)
-            tl.store(operands.inverse_sum + row, inverse_sum, query < place.seqlen_q)
+            tl.store(results.lse + row, lse, query < place.seqlen_q)
+            tl.store(results.base + row, base, query < place.seqlen_q)
+            tl.store(results.inverse_sum + row, inverse_sum, query < place.seqlen_q)
     if call.seed is not None:
         acc = acc * call.keep_scale
     out_ptr = head_of(out, batch, head, place.first_query)
@@ -95,9 +100,6 @@ def _forward_tile(number, operands, call, BLOCK_M: tl.constexpr, BLOCK_N: tl.con
 @triton.jit
 def _forward_kernel(
     out,
-    lse_ptr,
-    base_ptr,
-    inverse_sum_ptr,
     q,
     k,
     v,
@@ -105,6 +107,7 @@ def _forward_kernel(
     q_descriptor,
     k_descriptor,
     v_descriptor,
+    results,
     call,
     tiles,
     BLOCK_M: tl.constexpr,
@@ -115,17 +118,7 @@ def _forward_kernel(
     from its own number on, where n programs run.
     """
     operands = Operands(
-        out,
-        lse_ptr,
-        base_ptr,
-        inverse_sum_ptr,
-        q,
-        k,
-        v,
-        out_descriptor,
-        q_descriptor,
-        k_descriptor,
-        v_descriptor,
+        out, q, k, v, out_descriptor, q_descriptor, k_descriptor, v_descriptor, results
     )
     if IS_PERSISTENT:
         # What is the same for all tiles is made again for each: kept, it would spill.
@@ -137,39 +130,15 @@ def _forward_kernel(
 
 def _forward_launch(layout: Layout, blocks: Blocks, *strides: tuple[int, ...]) -> Launch:
     """strides: of out, q, k and v."""
-    problem, make_call = layout.problem, call_maker(layout)
-    of_out, of_q, of_k, of_v = (of[:3] for of in strides)
-    tiles = problem.batch * problem.num_heads * tiles_of(problem, problem.seqlen_q, blocks.own)
+    problem = layout.problem
 
-    def arranged(
-        out: Any, lse: Any, base: Any, inverse_sum: Any, q: Any, k: Any, v: Any, *others: Any
-    ) -> tuple:
-        return (
-            Heads(out, *of_out),
-            lse,
-            base,
-            inverse_sum,
-            Heads(q, *of_q),
-            Heads(k, *of_k),
-            Heads(v, *of_v),
-            *own_descriptors_of(problem, blocks, (out,), (q,)),
-            *descriptors_of(blocks, blocks.step, k, v),
-            make_call(*others),
-        )
+    def described(out: Any, q: Any, k: Any, v: Any) -> Sequence[Any]:
+        own = own_descriptors_of(problem, blocks, (out,), (q,))
+        return own + descriptors_of(blocks, blocks.step, k, v)
 
-    return Launch(
-        _forward_kernel,
-        programs_for(blocks, tiles, problem.device),
-        (tiles,),
-        {
-            "BLOCK_M": blocks.own,
-            "BLOCK_N": blocks.step,
-            "IS_PERSISTENT": blocks.programs_per_sm > 0,
-        },
-        options_of(blocks),
-        arranged,
-        needs_tensors=blocks.descriptors,
-    )
+    kernel, sizes = _forward_kernel, ("BLOCK_M", "BLOCK_N")
+    of_queries = problem.num_heads, problem.seqlen_q
+    return launch_of_tiles(kernel, sizes, *of_queries, layout, blocks, strides, described, Results)
 
 
 _launch_forward = Launcher(_forward_launch)
@@ -198,8 +167,7 @@ def forward(
     statistics = (lse, base, inverse_sum) if is_softmax else (None, None, None)
     splits = attention_decode.splits_of(problem)
     if splits is not None:
-        call = call_maker(layout)(*others)
-        attention_decode.forward(problem, splits, out, statistics, q, k, v, call)
+        attention_decode.forward(layout, splits, out, statistics, q, k, v, *others)
         return
     key = layout, blocks_for("forward", problem), *strides_of(out, q, k, v)
-    _launch_forward(key, out, *statistics, q, k, v, *others)
+    _launch_forward(key, out, q, k, v, *statistics, *others)

@@ -4,7 +4,7 @@ A field that is None costs nothing: what would read it is not compiled.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from leedl_fast.kernels.attention_blocks import Blocks
+from leedl_fast.kernels.attention_blocks import Blocks, programs_for
 from leedl_fast.kernels.attention_tiles import padded, precision
+from leedl_fast.kernels.launching import Launch
 
 
 class Heads(NamedTuple):
@@ -89,10 +90,6 @@ class Layout(NamedTuple):
     dtypes: tuple[torch.dtype | None, ...]
 
 
-def heads(x: Tensor) -> Heads:
-    return Heads(x, *x.stride()[:3])
-
-
 def layout_of(
     problem: Any,
     bias: Tensor | None,
@@ -103,7 +100,7 @@ def layout_of(
     """problem: the Problem of leedl_fast.ops.attention_problem; the tensors, its Inputs after v."""
     return Layout(
         problem,
-        precision(problem.dtype),
+        precision(problem.dtype, problem.device),
         None if bias is None else _broadcast(bias),
         None if alibi_slopes is None else alibi_slopes.dim(),
         tuple([None if x is None else x.dtype for x in (bias, sinks, alibi_slopes, *others)]),
@@ -232,3 +229,48 @@ def tiles_of(problem: Any, seqlen: int, block: int) -> int:
     if problem.num_sequences is None:
         return -(-seqlen // block)
     return seqlen // block + problem.num_sequences
+
+
+def launch_of_tiles(
+    kernel: Any,
+    sizes: tuple[str, str],
+    num_heads: int,
+    seqlen: int,
+    layout: Layout,
+    blocks: Blocks,
+    strides: tuple[tuple[int, ...], ...],
+    described: Callable[..., Sequence[Any]],
+    statistics: type = Statistics,
+) -> Launch:
+    """One program for each tile of `seqlen` rows of num_heads heads, or as many as blocks says.
+
+    The tensors are those of `strides`, of which `described` makes the descriptors, three of
+    statistics, and the Inputs after v. sizes: what the kernel calls the rows that it owns, and
+    those of a step.
+    """
+    problem, make_call = layout.problem, call_maker(layout)
+    of_heads = [of[:3] for of in strides]
+    count = len(of_heads)
+    tiles = problem.batch * num_heads * tiles_of(problem, seqlen, blocks.own)
+
+    def arranged(*tensors: Any) -> tuple:
+        return (
+            *(Heads(x, *of) for x, of in zip(tensors, of_heads, strict=False)),
+            *described(*tensors[:count]),
+            statistics(*tensors[count : count + 3]),
+            make_call(*tensors[count + 3 :]),
+        )
+
+    return Launch(
+        kernel,
+        programs_for(blocks, tiles, problem.device),
+        (tiles,),
+        {
+            sizes[0]: blocks.own,
+            sizes[1]: blocks.step,
+            "IS_PERSISTENT": blocks.programs_per_sm > 0,
+        },
+        options_of(blocks),
+        arranged,
+        needs_tensors=blocks.descriptors,
+    )

@@ -1,5 +1,6 @@
 """The gradient of attention's bias in Triton: a fixed order of additions, and no atomics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,8 +8,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels.attention_arguments import Call, Heads, Statistics
-from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_arguments import (
+    Heads,
+    Layout,
+    Statistics,
+    call_maker,
+    options_of,
+)
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for
 from leedl_fast.kernels.attention_scores import (
     head_of,
     is_kept,
@@ -26,6 +33,7 @@ from leedl_fast.kernels.attention_tiles import (
     load_rows,
     tile_of,
 )
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 
 @triton.jit
@@ -135,43 +143,66 @@ def _tile_gradient(
     return score_gradient(p, dp, kept, of_rows, rows, call, True)
 
 
-def backward(
-    problem: Any,
-    dbias: Tensor,
-    dout: Heads,
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    statistics: Statistics,
-    call: Call,
-) -> None:
-    """dbias: float32 and contiguous, in the bias' shape; the rest as in attention_backward."""
+def _tiles_of(problem: Any, blocks: Blocks) -> tuple[int, int]:
+    """How many tiles there are of queries, and of keys."""
+    return -(-problem.seqlen_q // blocks.own), -(-problem.seqlen_k // blocks.step)
+
+
+def _bias_launch(layout: Layout, blocks: Blocks, *strides: tuple[int, ...]) -> Launch:
+    """strides: of dout, q, k and v."""
+    problem, make_call = layout.problem, call_maker(layout)
+    of_heads = [of[:3] for of in strides]
     bias_batch, bias_heads, bias_queries, _ = problem.bias_shape
-    blocks = blocks_for("bias", problem)
-    tiles_m = triton.cdiv(problem.seqlen_q, blocks.own)
-    tiles_n = triton.cdiv(problem.seqlen_k, blocks.step)
-    of_queries = bias_queries == problem.seqlen_q
-    parts = dbias
-    if not of_queries:
-        parts = dbias.new_empty(bias_batch, bias_heads, tiles_m, problem.seqlen_k)
-    if parts.numel():
-        _bias_kernel[(bias_batch * bias_heads * tiles_m * tiles_n,)](
-            parts,
-            dout,
-            q,
-            k,
-            v,
-            statistics,
-            call,
+    tiles_m, tiles_n = _tiles_of(problem, blocks)
+
+    def arranged(dbias: Any, *tensors: Any) -> tuple:
+        return (
+            dbias,
+            *(Heads(x, *of) for x, of in zip(tensors, of_heads, strict=False)),
+            Statistics(*tensors[4:7]),
+            make_call(*tensors[7:]),
+        )
+
+    return Launch(
+        _bias_kernel,
+        bias_batch * bias_heads * tiles_m * tiles_n,
+        (
             bias_heads,
             problem.batch if bias_batch == 1 else 1,
             problem.num_heads if bias_heads == 1 else 1,
-            OF_QUERIES=of_queries,
-            BLOCK_M=blocks.own,
-            BLOCK_N=blocks.step,
-            num_warps=blocks.num_warps,
-            num_stages=blocks.num_stages,
-            enable_fp_fusion=False,
-        )
+        ),
+        {
+            "OF_QUERIES": bias_queries == problem.seqlen_q,
+            "BLOCK_M": blocks.own,
+            "BLOCK_N": blocks.step,
+        },
+        options_of(blocks),
+        arranged,
+    )
+
+
+_launch = Launcher(_bias_launch)
+
+
+def backward(
+    layout: Layout,
+    dbias: Tensor,
+    inputs: tuple[Tensor, ...],
+    statistics: Statistics,
+    options: Sequence[Tensor | None],
+) -> None:
+    """dbias: float32 and contiguous, in the bias' shape; inputs: dout, q, k and v; the rest as in
+    attention_delta.
+    """
+    problem = layout.problem
+    bias_batch, bias_heads, bias_queries, _ = problem.bias_shape
+    blocks = blocks_for("bias", problem)
+    of_queries = bias_queries == problem.seqlen_q
+    parts = dbias
+    if not of_queries:
+        tiles, _ = _tiles_of(problem, blocks)
+        parts = dbias.new_empty(bias_batch, bias_heads, tiles, problem.seqlen_k)
+    if parts.numel():
+        _launch((layout, blocks, *strides_of(*inputs)), parts, *inputs, *statistics, *options)
     if not of_queries:
         torch.sum(parts, 2, keepdim=True, out=dbias)

@@ -12,8 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels.attention_arguments import Call, descriptors_of, heads
-from leedl_fast.kernels.attention_blocks import blocks_for
+from leedl_fast.kernels.attention_arguments import (
+    Heads,
+    Layout,
+    call_maker,
+    descriptors_of,
+    options_of,
+)
+from leedl_fast.kernels.attention_blocks import Blocks, blocks_for
 from leedl_fast.kernels.attention_scores import head_of, rows_of
 from leedl_fast.kernels.attention_softmax import attend, normalized
 from leedl_fast.kernels.attention_tiles import (
@@ -22,9 +28,11 @@ from leedl_fast.kernels.attention_tiles import (
     key_end_of,
     key_tiles,
     load_rows,
+    padded,
     store_rows,
     tile_of,
 )
+from leedl_fast.kernels.launching import Launch, Launcher, strides_of
 
 MAX_ROWS = 64  # queries of all heads that share keys; more of them fill a tile of their own
 _COMBINED = 16  # splits that the second kernel loads at a time
@@ -49,16 +57,22 @@ def splits_of(problem: Any) -> Splits | None:
 
 
 @triton.jit
+def _statistics_of(parts_ptr, num_parts, call):
+    """(row_max, row_sum) of the parts, behind their acc: one allocation holds all three."""
+    row_max_ptr = parts_ptr + tl.full((), call.BLOCK_DV, tl.int64) * num_parts
+    return row_max_ptr, row_max_ptr + num_parts
+
+
+@triton.jit
 def _split_kernel(
-    acc_ptr,
-    row_max_ptr,
-    row_sum_ptr,
+    parts_ptr,
     q,
     k,
     v,
     k_descriptor,
     v_descriptor,
     call,
+    num_parts,
     first_split,
     num_splits,
     SPLIT: tl.constexpr,
@@ -66,7 +80,7 @@ def _split_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """One program owns SPLIT keys of one head of k and v, for every query that reads them. Parts
-    are (batch, num_heads, seqlen_q, splits) and their columns.
+    are (batch, num_heads, seqlen_q, splits), num_parts of them.
     """
     split, head_k, batch = tile_of(tl.program_id(0), num_splits, call.num_heads // call.group)
     row = tl.arange(0, BLOCK_M)
@@ -103,9 +117,10 @@ def _split_kernel(
     )
     part = ((batch * call.num_heads + head) * call.seqlen_q + query) * num_splits + split
     column = tl.arange(0, call.BLOCK_DV)
-    pointer = acc_ptr + part[:, None] * call.BLOCK_DV + column[None, :]
+    pointer = parts_ptr + part[:, None] * call.BLOCK_DV + column[None, :]
     tl.store(pointer, acc, exists[:, None] & (column < call.BLOCK_DV)[None, :])
     if call.NORMALIZER == "softmax":
+        row_max_ptr, row_sum_ptr = _statistics_of(parts_ptr, num_parts, call)
         tl.store(row_max_ptr + part, row_max * call.factor, exists)
         tl.store(row_sum_ptr + part, row_sum, exists)
 
@@ -116,10 +131,9 @@ def _combine_kernel(
     lse_ptr,
     base_ptr,
     inverse_sum_ptr,
-    part_acc_ptr,
-    part_max_ptr,
-    part_sum_ptr,
+    parts_ptr,
     call,
+    num_parts,
     num_splits,
     BLOCK: tl.constexpr,
 ):
@@ -127,12 +141,13 @@ def _combine_kernel(
     query, head, batch = tile_of(tl.program_id(0), call.seqlen_q, call.num_heads)
     row = (batch * call.num_heads + head) * call.seqlen_q + query
     first = row * num_splits
+    row_max_ptr, row_sum_ptr = _statistics_of(parts_ptr, num_parts, call)
     column = tl.arange(0, call.BLOCK_DV)
     base = tl.full((1,), float("-inf"), tl.float32)
     if call.NORMALIZER == "softmax":
         for begin in range(0, num_splits, BLOCK):
             split = begin + tl.arange(0, BLOCK)
-            part = tl.load(part_max_ptr + first + split, split < num_splits, other=float("-inf"))
+            part = tl.load(row_max_ptr + first + split, split < num_splits, other=float("-inf"))
             base = tl.maximum(base, tl.max(part, 0))
     offset = tl.where(base == float("-inf"), 0.0, base)
     acc = tl.zeros((1, call.BLOCK_DV), tl.float32)
@@ -140,12 +155,12 @@ def _combine_kernel(
     for begin in range(0, num_splits, BLOCK):
         split = begin + tl.arange(0, BLOCK)
         exists = split < num_splits
-        pointer = part_acc_ptr + (first + split)[:, None] * call.BLOCK_DV + column[None, :]
+        pointer = parts_ptr + (first + split)[:, None] * call.BLOCK_DV + column[None, :]
         part = tl.load(pointer, exists[:, None], other=0)  # [BLOCK, BLOCK_DV]
         if call.NORMALIZER == "softmax":
-            part_max = tl.load(part_max_ptr + first + split, exists, other=float("-inf"))
+            part_max = tl.load(row_max_ptr + first + split, exists, other=float("-inf"))
             weight = tl.exp2(part_max - offset)
-            part_sum = tl.load(part_sum_ptr + first + split, exists, other=0)
+            part_sum = tl.load(row_sum_ptr + first + split, exists, other=0)
             row_sum += tl.sum(part_sum * weight, 0)
             part = part * weight[:, None]
         acc += tl.sum(part, 0)[None, :]
@@ -163,40 +178,82 @@ def _combine_kernel(
     store_rows(out_ptr, acc, rows, out.stride_m, call.seqlen_q, call.HEAD_DIM_V, call.BLOCK_DV)
 
 
+def _num_parts(problem: Any, splits: Splits) -> int:
+    return problem.batch * problem.num_heads * problem.seqlen_q * splits.count
+
+
+def _split_launch(
+    layout: Layout, blocks: Blocks, splits: Splits, *strides: tuple[int, ...]
+) -> Launch:
+    """strides: of q, k and v."""
+    problem, make_call = layout.problem, call_maker(layout)
+    of_q, of_k, of_v = (of[:3] for of in strides)
+    queries = problem.num_heads // problem.num_heads_k * problem.seqlen_q
+
+    def arranged(parts: Any, q: Any, k: Any, v: Any, *others: Any) -> tuple:
+        return (
+            parts,
+            Heads(q, *of_q),
+            Heads(k, *of_k),
+            Heads(v, *of_v),
+            *descriptors_of(blocks, blocks.step, k, v),
+            make_call(*others),
+        )
+
+    return Launch(
+        _split_kernel,
+        problem.batch * problem.num_heads_k * splits.count,
+        (_num_parts(problem, splits), splits.first, splits.count),
+        {
+            "SPLIT": blocks.own,
+            "BLOCK_M": max(16, triton.next_power_of_2(queries)),
+            "BLOCK_N": blocks.step,
+        },
+        options_of(blocks),
+        arranged,
+        needs_tensors=blocks.descriptors,
+    )
+
+
+def _combine_launch(
+    layout: Layout, blocks: Blocks, splits: Splits, of_out: tuple[int, ...]
+) -> Launch:
+    """of_out: out's strides."""
+    problem, make_call = layout.problem, call_maker(layout)
+
+    def arranged(
+        out: Any, lse: Any, base: Any, inverse_sum: Any, parts: Any, *others: Any
+    ) -> tuple:
+        return Heads(out, *of_out[:3]), lse, base, inverse_sum, parts, make_call(*others)
+
+    return Launch(
+        _combine_kernel,
+        _num_parts(problem, splits) // splits.count,
+        (_num_parts(problem, splits), splits.count),
+        {"BLOCK": _COMBINED},
+        {"num_warps": blocks.num_warps, "enable_fp_fusion": False},
+        arranged,
+    )
+
+
+_launch_split, _launch_combine = Launcher(_split_launch), Launcher(_combine_launch)
+
+
 def forward(
-    problem: Any,
+    layout: Layout,
     splits: Splits,
     out: Tensor,
     statistics: tuple[Tensor | None, ...],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    call: Call,
+    *others: Tensor | None,
 ) -> None:
     """Like `attention.forward`; statistics: lse, base, inverse_sum, or None each."""
+    problem = layout.problem
     blocks = blocks_for("decode", problem)
-    rows = problem.batch * problem.num_heads * problem.seqlen_q
-    options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False}
-    block_dv = call.BLOCK_DV.value
-    parts = torch.empty(
-        rows * splits.count * (block_dv + 2), dtype=torch.float32, device=problem.device
-    ).split([rows * splits.count * columns for columns in (block_dv, 1, 1)])
-    queries = problem.num_heads // problem.num_heads_k * problem.seqlen_q
-    _split_kernel[(problem.batch * problem.num_heads_k * splits.count,)](
-        *parts,
-        heads(q),
-        heads(k),
-        heads(v),
-        *descriptors_of(blocks, blocks.step, k, v),
-        call,
-        splits.first,
-        splits.count,
-        SPLIT=blocks.own,
-        BLOCK_M=max(16, triton.next_power_of_2(queries)),
-        BLOCK_N=blocks.step,
-        num_stages=blocks.num_stages,
-        **options,
-    )
-    _combine_kernel[(rows,)](
-        heads(out), *statistics, *parts, call, splits.count, BLOCK=_COMBINED, **options
-    )
+    size = _num_parts(problem, splits) * (padded(problem.head_dim_v) + 2)
+    parts = torch.empty(size, dtype=torch.float32, device=problem.device)
+    key = layout, blocks, splits
+    _launch_split((*key, *strides_of(q, k, v)), parts, q, k, v, *others)
+    _launch_combine((*key, *strides_of(out)), out, *statistics, parts, *others)

@@ -210,9 +210,17 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """float32 dots are IEEE's unless the user allows torch the faster ones, by `allow_tf32` or by
-    `fp32_precision`: the first cannot be read once the second was written.
+def precision(dtype: torch.dtype, device: torch.device) -> str:
+    """Of dots. float32 ones are IEEE's unless the user allows torch the faster ones, by
+    `allow_tf32` or by `fp32_precision` (the first cannot be read once the second was written), and
+    the GPU has them. Of other dots it changes nothing, but most of AMD's GPUs refuse "tf32".
     """
-    is_exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "ieee" if is_exact else "tf32"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision != "tf32":
+        return "ieee"
+    return "tf32" if _has_tf32(device) else "ieee"
+
+
+def _has_tf32(device: torch.device) -> bool:
+    if torch.version.hip is None:
+        return True
+    return torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")

@@ -5,6 +5,7 @@ longer than a small kernel runs.
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
 
 _MOST = 4096  # launches that are kept
@@ -16,8 +17,8 @@ def strides_of(*tensors: Tensor) -> list[tuple[int, ...]]:
 
 
 class Launch(NamedTuple):
-    """A kernel's arguments: what `arranged` makes of the tensors, then numbers, then constants, in
-    the kernel's order.
+    """A kernel's arguments: the tensors, or what `arranged` makes of them, then numbers, then
+    constants, in the kernel's order.
 
     programs: how many run. options: the compiler's, num_warps among them. arranged: takes the
     tensors or, unless needs_tensors, their addresses.
@@ -28,14 +29,35 @@ class Launch(NamedTuple):
     numbers: tuple
     constants: dict[str, Any]
     options: dict[str, Any]
-    arranged: Callable[..., tuple] = lambda *tensors: tensors
+    arranged: Callable[..., tuple] | None = None
     needs_tensors: bool = False
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> Any:
         """The compiled kernel, or None where nothing is compiled."""
+        arguments = tensors if self.arranged is None else self.arranged(*tensors)
         return self.kernel[(self.programs, 1, 1)](
-            *self.arranged(*tensors), *self.numbers, **self.constants, **self.options
+            *arguments, *self.numbers, **self.constants, **self.options
         )
+
+
+def bind(compiled: Any, programs: int) -> Callable[..., None]:
+    """launch(*arguments) of a kernel that has run on the current device, which it runs on again.
+
+    What Triton's own `compiled[grid]` does, which makes the metadata of its hooks and calls them
+    whether or not there are any, and takes longer for that than for all the rest.
+    """
+    with_hooks = compiled[(programs, 1, 1)]
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    driver, knobs = triton.runtime.driver.active, triton.knobs.runtime
+    device, stream_of = driver.get_current_device(), driver.get_current_stream
+
+    def launch(*arguments: Any) -> None:
+        if knobs.launch_enter_hook.calls or knobs.launch_exit_hook.calls:  # a profiler's
+            with_hooks(*arguments)
+            return
+        run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *arguments)
+
+    return launch
 
 
 class Launcher:
@@ -46,7 +68,8 @@ class Launcher:
 
     def __init__(self, plan: Callable[..., Launch]) -> None:
         self._plan = plan
-        self._bound: dict[Hashable, tuple[Callable[..., None], Launch, tuple]] = {}
+        # launch, arranged, and the arguments after the tensors
+        self._bound: dict[Hashable, tuple[Callable[..., None], Callable | None, tuple]] = {}
 
     def __call__(self, key: tuple, *tensors: Tensor | None) -> None:
         bits = absent = 0
@@ -62,8 +85,8 @@ class Launcher:
         is_aligned = bits % _ALIGNMENT == 0
         bound = self._bound.get((key, absent)) if is_aligned else None
         if bound is not None:
-            run, launch, others = bound
-            run(*launch.arranged(*pointers), *others)
+            run, arranged, others = bound
+            run(*(pointers if arranged is None else arranged(*pointers)), *others)
             return
         launch = self._plan(*key)
         compiled = launch.run(tensors)
@@ -71,7 +94,7 @@ class Launcher:
             if len(self._bound) >= _MOST:
                 self._bound.clear()
             others = (*launch.numbers, *launch.constants.values())
-            self._bound[key, absent] = compiled[(launch.programs, 1, 1)], launch, others
+            self._bound[key, absent] = bind(compiled, launch.programs), launch.arranged, others
 
     def forget(self) -> None:
         """What was bound; another plan may hold now."""

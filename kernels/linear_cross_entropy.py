@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leedl_fast.kernels.launching import Launch, Launcher
+
 _MAX_BLOCK = 4096  # classes at a time
 _MIN_CHUNK_ROWS = 256  # fewer would leave a GPU's matrix units idle
 
@@ -91,6 +93,27 @@ def _chunk_rows(rows: int, in_features: int, vocab_size: int) -> int:
     return max(_MIN_CHUNK_ROWS, triton.next_power_of_2(rows * in_features // vocab_size))
 
 
+def _loss_launch(
+    rows: int,
+    classes: int,
+    ignore_index: int,
+    label_smoothing: float,
+    dlogits_dtype: torch.dtype | None,
+    device: torch.device,
+) -> Launch:
+    block = min(_MAX_BLOCK, triton.next_power_of_2(classes))
+    return Launch(
+        _loss_kernel,
+        rows,
+        (classes, ignore_index, label_smoothing),
+        {"BLOCK": block},
+        {"num_warps": max(1, min(8, block // 512)), "enable_fp_fusion": True},
+    )
+
+
+_launch_loss = Launcher(_loss_launch)
+
+
 def run(
     losses: Tensor,
     dhidden: Tensor | None,
@@ -123,19 +146,14 @@ def run(
         if dhidden is not None:
             is_float32 = hidden.dtype == torch.float32
             dlogits = logits if is_float32 else torch.empty_like(logits, dtype=hidden.dtype)
-        block = min(_MAX_BLOCK, triton.next_power_of_2(vocab_size))
-        _loss_kernel[(logits.shape[0],)](
+        dtype = None if dlogits is None else dlogits.dtype
+        _launch_loss(
+            (logits.shape[0], vocab_size, ignore_index, label_smoothing, dtype, hidden.device),
             losses[chunk],
             dlogits,
             logits,
             targets[chunk],
             dlosses[chunk],
-            vocab_size,
-            ignore_index,
-            label_smoothing,
-            BLOCK=block,
-            num_warps=max(1, min(8, block // 512)),
-            enable_fp_fusion=True,
         )
         if dlogits is None or dhidden is None or dweight is None:
             continue

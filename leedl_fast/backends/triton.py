@@ -70,34 +70,39 @@ def _kernels(module: str) -> Any:
     return import_module(f"leedl_fast.kernels.{module}")
 
 
+def _is_current(device: torch.device) -> bool:
+    """Whether Triton, which launches on the current device, launches on this one."""
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
+
+
 def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
-    """Triton launches on the current device: make it the problem's."""
+    """With the problem's device the current one."""
 
     @wraps(kernel)
     def run(problem: Any, *tensors: Tensor | None) -> None:
-        device = problem.device
-        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        if _is_current(problem.device):
             kernel(problem, *tensors)
         else:
-            with torch.cuda.device(device):
+            with torch.cuda.device(problem.device):
                 kernel(problem, *tensors)
 
     return run
 
 
-@_on_its_device
-def _attention_forward(problem: Any, *tensors: Any) -> None:
-    _kernels("attention").forward(problem, *tensors)
+def _kernel(module: str, name: str) -> Callable[..., None]:
+    """A function of leedl_fast.kernels on its problem's device, by one call less than
+    _on_its_device would make: it shows beside a small kernel.
+    """
 
+    def run(problem: Any, *tensors: Tensor | None) -> None:
+        kernel = getattr(_kernels(module), name)
+        if _is_current(problem.device):
+            kernel(problem, *tensors)
+        else:
+            with torch.cuda.device(problem.device):
+                kernel(problem, *tensors)
 
-@_on_its_device
-def _attention_backward(problem: Any, *tensors: Any) -> None:
-    _kernels("attention_backward").backward(problem, *tensors)
-
-
-@_on_its_device
-def _additive_attention_forward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("additive_attention").forward(problem, *tensors)
+    return run
 
 
 @_on_its_device
@@ -106,11 +111,6 @@ def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
     _kernels("additive_attention_backward").backward(
         problem, *gradients_and_inputs, row_max, row_sum
     )
-
-
-@_on_its_device
-def _add_layer_norm_forward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("add_layer_norm").forward(problem, *tensors)
 
 
 @_on_its_device
@@ -135,36 +135,6 @@ def _add_layer_norm_backward(
         summed,
         weight if weight is None else weight.contiguous(),
     )
-
-
-@_on_its_device
-def _add_layer_norm_dropout_backward(problem: Any, *tensors: Tensor) -> None:
-    _kernels("add_layer_norm").dropout_backward(problem, *tensors)
-
-
-@_on_its_device
-def _randn(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").randn(problem, *tensors)
-
-
-@_on_its_device
-def _add_noise(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").add_noise(problem, *tensors)
-
-
-@_on_its_device
-def _loss_forward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").noise_prediction_loss_forward(problem, *tensors)
-
-
-@_on_its_device
-def _loss_backward(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").noise_prediction_loss_backward(problem, *tensors)
-
-
-@_on_its_device
-def _step(problem: Any, *tensors: Tensor | None) -> None:
-    _kernels("diffusion").step(problem, *tensors)
 
 
 @_on_its_device
@@ -221,13 +191,16 @@ TABLE = MappingProxyType(
         "attention": Implementation(
             "triton",
             _attention_unsupported,
-            {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+            {
+                "attention_forward": _kernel("attention", "forward"),
+                "attention_backward": _kernel("attention_backward", "backward"),
+            },
         ),
         "additive_attention": Implementation(
             "triton",
             _unsupported,
             {
-                "additive_attention_forward": _additive_attention_forward,
+                "additive_attention_forward": _kernel("additive_attention", "forward"),
                 "additive_attention_backward": _additive_attention_backward,
             },
         ),
@@ -235,20 +208,24 @@ TABLE = MappingProxyType(
             "triton",
             _unsupported,
             {
-                "add_layer_norm_forward": _add_layer_norm_forward,
+                "add_layer_norm_forward": _kernel("add_layer_norm", "forward"),
                 "add_layer_norm_backward": _add_layer_norm_backward,
-                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
+                "add_layer_norm_dropout_backward": _kernel("add_layer_norm", "dropout_backward"),
             },
         ),
         "diffusion": Implementation(
             "triton",
             _unsupported,
             {
-                "diffusion_randn": _randn,
-                "diffusion_add_noise": _add_noise,
-                "diffusion_noise_prediction_loss_forward": _loss_forward,
-                "diffusion_noise_prediction_loss_backward": _loss_backward,
-                "diffusion_step": _step,
+                "diffusion_randn": _kernel("diffusion", "randn"),
+                "diffusion_add_noise": _kernel("diffusion", "add_noise"),
+                "diffusion_noise_prediction_loss_forward": _kernel(
+                    "diffusion", "noise_prediction_loss_forward"
+                ),
+                "diffusion_noise_prediction_loss_backward": _kernel(
+                    "diffusion", "noise_prediction_loss_backward"
+                ),
+                "diffusion_step": _kernel("diffusion", "step"),
             },
         ),
         "linear_cross_entropy": Implementation(

@@ -312,7 +312,9 @@ def _gradients(
             dx = reference.add_layer_norm_dropout(dresidual, problem.dropout_p, seed)
         else:
             dx = run_dropout(implementation, problem, dresidual.contiguous(), seed)
-    return None if dx is None else dx.to(problem.dtype), dresidual, dweight, dbias
+    if dx is not None and dx.dtype != problem.dtype:
+        dx = dx.to(problem.dtype)
+    return dx, dresidual, dweight, dbias
 
 
 class AddLayerNormFunction(Function):
