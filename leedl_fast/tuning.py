@@ -126,7 +126,7 @@ def _tune_one(
             return None
 
     found = fastest(candidates(kernel, takes_descriptors(device)), milliseconds)
-    if found is not None and kernel == "forward":
+    if found is not None and kernel in ("forward", "query", "key_value"):
         found = fastest(shared_among_programs(found[0]), milliseconds)
     if found is None:
         table.pop(key)
@@ -180,7 +180,11 @@ def shared_among_programs(blocks: tuple) -> list[tuple]:
     from leedl_fast.kernels.attention_blocks import Blocks
 
     own = Blocks(*blocks)
-    tiles = (own, own._replace(step=max(own.step // 2, 16)), own._replace(num_warps=8))
+    same = own
+    if own.num_warps == 4 and not own.descriptors:
+        # The addresses of a third stage would spill.
+        same = own._replace(num_stages=min(own.num_stages, 2))
+    tiles = (same, same._replace(step=max(own.step // 2, 16)), own._replace(num_warps=8))
     shared = [tile._replace(programs_per_sm=count) for tile in tiles for count in (1, 2, 4)]
     return list(dict.fromkeys((own, *shared)))
 

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from leedl_fast.kernels import attention as attention_kernels
 from leedl_fast.kernels import attention_arguments, attention_blocks, attention_tiles
 from leedl_fast.ops import attention
 
@@ -80,7 +79,13 @@ def test_few_programs_that_walk_the_tiles_make_the_same_bits(
     options: dict[str, Any] = {"window": (20, 0), "return_lse": True, "backend": "triton"}
     if packed:
         options["cu_seqlens_q"] = torch.tensor([0, 70, 70, 71, 133, 300])
-    alone = attention(q, k, v, **options)
+
+    def run() -> tuple[Tensor, ...]:
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = attention(*leaves, **options)
+        return out, lse, *torch.autograd.grad((out.square().sum(), lse.sum()), leaves)
+
+    alone = run()
     grids = []
     programs_for = attention_blocks.programs_for
 
@@ -89,13 +94,13 @@ def test_few_programs_that_walk_the_tiles_make_the_same_bits(
         return grids[-1][1]
 
     monkeypatch.setattr(attention_blocks, "multiprocessors", lambda device: 2)
-    monkeypatch.setattr(attention_kernels, "programs_for", record)
+    monkeypatch.setattr(attention_arguments, "programs_for", record)
     with attention_blocks.changed(programs_per_sm=2):
-        shared = attention(q, k, v, **options)
+        shared = run()
     for ours, theirs in zip(shared, alone, strict=True):
         assert torch.equal(_bits(ours), _bits(theirs))
-    ((tiles, programs),) = grids
-    assert programs == 4 < tiles
+    assert len(grids) == 3  # the forward kernel's, the query and the key_value kernel's
+    assert all(programs == 4 < tiles for tiles, programs in grids)
 
 
 @triton.jit
