@@ -25,8 +25,8 @@ class Blocks(NamedTuple):
 
     "decode" owns so many keys and steps through them; "bias" owns queries and a step of keys.
     descriptors: whether tiles that need no mask, and a program's own rows, are loaded and stored
-    by tensor descriptors. programs_per_sm: how many programs of a forward kernel each
-    multiprocessor gets, which walk the tiles between them; 0: one program per tile.
+    by tensor descriptors. programs_per_sm: how many programs each multiprocessor gets, which walk
+    the tiles between them; 0: one program per tile. "decode" and "bias" know 0 alone.
     """
 
     own: int
@@ -61,8 +61,9 @@ def _each(
     }
 
 
-# For NVIDIA's "blackwell" and later, "hopper", and "ampere", and for AMD's "cdna". Chosen by what
-# the compiler reports: the largest tiles that spill no registers. float32 dots run out of
+# For NVIDIA's "blackwell" (of data centres), "hopper" and "ampere", and for AMD's "cdna". Chosen by
+# what the compiler reports: the largest tiles that spill no registers; those of "ampere" fit the
+# 99 KiB of shared memory of a GeForce card (sm_86, sm_89, sm_120). float32 dots run out of
 # registers, not on tensor cores; their "query" kernel spills a few above head_dim 64 whatever its
 # tiles. A narrow window takes the wide one's tiles where it has no line.
 _BLOCKS = {
@@ -82,7 +83,7 @@ _BLOCKS = {
     Key("key_value", 2, 64): _each((128, 32, 8, 3), (128, 32, 8, 2), (64, 32, 4, 1)),
     Key("key_value", 2, 128): _each((128, 32, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)),
     Key("key_value", 2, 256): _each((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 4, 1)),
-    Key("bias", 2, 64): _everywhere(64, 64, 4, 1),
+    Key("bias", 2, 64): _each((64, 64, 4, 1), (64, 64, 8, 1), (64, 64, 4, 1)),
     Key("bias", 2, 128): _everywhere(64, 64, 8, 1),
     Key("bias", 2, 256): _everywhere(32, 32, 4, 1),
     Key("forward", 4, 64): _everywhere(64, 32, 8, 1),
@@ -109,8 +110,9 @@ def architecture(device: torch.device) -> str:
         return "cdna"
     if device.type != "cuda":
         return "hopper"
-    capability = torch.cuda.get_device_capability(device)
-    return "ampere" if capability < (9, 0) else "hopper" if capability < (10, 0) else "blackwell"
+    # 12.x is a Blackwell with Ampere's matrix instructions, and a GeForce's shared memory.
+    columns = {9: "hopper", 10: "blackwell", 11: "blackwell"}
+    return columns.get(torch.cuda.get_device_capability(device)[0], "ampere")
 
 
 def key_of(kernel: str, problem: Any) -> Key:

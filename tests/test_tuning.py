@@ -69,6 +69,15 @@ def test_few_programs_share_the_tiles_where_the_table_says_so(
         assert [programs[Blocks(*tile, False, count)] for count in (1, 2, 4)] == [10, 20, 25]
 
 
+def test_few_programs_of_four_warps_take_two_stages_by_pointers() -> None:
+    for descriptors in (False, True):
+        own = Blocks(64, 64, 4, 3, descriptors)
+        alone, *shared = tuning.shared_among_programs(own)
+        assert alone == own
+        of_four_warps = {blocks.num_stages for blocks in shared if blocks.num_warps == 4}
+        assert of_four_warps == {3 if descriptors else 2}
+
+
 @pytest.mark.parametrize("n", tuning.ROW_LENGTHS)
 def test_candidates_for_rows_are_tiles_of_whole_rows(n: int) -> None:
     found = tuning.candidates_for_rows(n)
@@ -142,7 +151,7 @@ def test_bias_softcap_and_dropout_take_smaller_steps() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 3), "blackwell"), ((12, 0), "blackwell")],
+    [((8, 9), "ampere"), ((9, 0), "hopper"), ((10, 3), "blackwell"), ((12, 0), "ampere")],
 )
 def test_every_gpu_has_a_column(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
