@@ -1,6 +1,6 @@
 """The CPU backend: calls of the compiled modules, and one table row per op."""
 
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, get_num_threads
@@ -168,48 +168,46 @@ def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
     )
 
 
-TABLE = MappingProxyType(
-    {
-        "attention": Implementation(
-            "cpu",
-            _attention_unsupported,
-            {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
-        ),
-        "additive_attention": Implementation(
-            "cpu",
-            _unsupported,
-            {
-                "additive_attention_forward": _additive_attention_forward,
-                "additive_attention_backward": _additive_attention_backward,
-            },
-        ),
-        "add_layer_norm": Implementation(
-            "cpu",
-            _unsupported,
-            {
-                "add_layer_norm_forward": _add_layer_norm_forward,
-                "add_layer_norm_backward": _add_layer_norm_backward,
-                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
-            },
-        ),
-        "diffusion": Implementation(
-            "cpu",
-            _unsupported,
-            {
-                "diffusion_randn": _randn,
-                "diffusion_add_noise": _add_noise,
-                "diffusion_noise_prediction_loss_forward": _loss_forward,
-                "diffusion_noise_prediction_loss_backward": _loss_backward,
-                "diffusion_step": _step,
-            },
-        ),
-        "linear_cross_entropy": Implementation(
-            "cpu",
-            _unsupported,
-            {
-                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
-                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
-            },
-        ),
-    }
-)
+TABLE: Mapping[str, Implementation] = {
+    "attention": Implementation(
+        "cpu",
+        _attention_unsupported,
+        {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+    ),
+    "additive_attention": Implementation(
+        "cpu",
+        _unsupported,
+        {
+            "additive_attention_forward": _additive_attention_forward,
+            "additive_attention_backward": _additive_attention_backward,
+        },
+    ),
+    "add_layer_norm": Implementation(
+        "cpu",
+        _unsupported,
+        {
+            "add_layer_norm_forward": _add_layer_norm_forward,
+            "add_layer_norm_backward": _add_layer_norm_backward,
+            "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
+        },
+    ),
+    "diffusion": Implementation(
+        "cpu",
+        _unsupported,
+        {
+            "diffusion_randn": _randn,
+            "diffusion_add_noise": _add_noise,
+            "diffusion_noise_prediction_loss_forward": _loss_forward,
+            "diffusion_noise_prediction_loss_backward": _loss_backward,
+            "diffusion_step": _step,
+        },
+    ),
+    "linear_cross_entropy": Implementation(
+        "cpu",
+        _unsupported,
+        {
+            "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+            "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+        },
+    ),
+}

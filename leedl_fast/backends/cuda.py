@@ -2,9 +2,10 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -135,27 +136,25 @@ def _step(problem: Any, *tensors: Tensor | None) -> None:
     _module().step(*tensors, problem.guidance_scale, problem.clip_range or 0.0)
 
 
-TABLE = MappingProxyType(
-    {
-        "add_layer_norm": Implementation(
-            "cuda",
-            _unsupported,
-            {
-                "add_layer_norm_forward": _add_layer_norm_forward,
-                "add_layer_norm_backward": _add_layer_norm_backward,
-                "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
-            },
-        ),
-        "diffusion": Implementation(
-            "cuda",
-            _unsupported,
-            {
-                "diffusion_randn": _randn,
-                "diffusion_add_noise": _add_noise,
-                "diffusion_noise_prediction_loss_forward": _loss_forward,
-                "diffusion_noise_prediction_loss_backward": _loss_backward,
-                "diffusion_step": _step,
-            },
-        ),
-    }
-)
+TABLE: Mapping[str, Implementation] = {
+    "add_layer_norm": Implementation(
+        "cuda",
+        _unsupported,
+        {
+            "add_layer_norm_forward": _add_layer_norm_forward,
+            "add_layer_norm_backward": _add_layer_norm_backward,
+            "add_layer_norm_dropout_backward": _add_layer_norm_dropout_backward,
+        },
+    ),
+    "diffusion": Implementation(
+        "cuda",
+        _unsupported,
+        {
+            "diffusion_randn": _randn,
+            "diffusion_add_noise": _add_noise,
+            "diffusion_noise_prediction_loss_forward": _loss_forward,
+            "diffusion_noise_prediction_loss_backward": _loss_backward,
+            "diffusion_step": _step,
+        },
+    ),
+}

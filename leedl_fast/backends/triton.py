@@ -4,10 +4,9 @@ On CPU tensors it runs only in Triton's interpreter (TRITON_INTERPRET=1 before t
 for tests.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, wraps
 from importlib import import_module
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -186,55 +185,53 @@ def _linear_cross_entropy(problem: Any, *tensors: Any) -> None:
     )
 
 
-TABLE = MappingProxyType(
-    {
-        "attention": Implementation(
-            "triton",
-            _attention_unsupported,
-            {
-                "attention_forward": _kernel("attention", "forward"),
-                "attention_backward": _kernel("attention_backward", "backward"),
-            },
-        ),
-        "additive_attention": Implementation(
-            "triton",
-            _unsupported,
-            {
-                "additive_attention_forward": _kernel("additive_attention", "forward"),
-                "additive_attention_backward": _additive_attention_backward,
-            },
-        ),
-        "add_layer_norm": Implementation(
-            "triton",
-            _unsupported,
-            {
-                "add_layer_norm_forward": _kernel("add_layer_norm", "forward"),
-                "add_layer_norm_backward": _add_layer_norm_backward,
-                "add_layer_norm_dropout_backward": _kernel("add_layer_norm", "dropout_backward"),
-            },
-        ),
-        "diffusion": Implementation(
-            "triton",
-            _unsupported,
-            {
-                "diffusion_randn": _kernel("diffusion", "randn"),
-                "diffusion_add_noise": _kernel("diffusion", "add_noise"),
-                "diffusion_noise_prediction_loss_forward": _kernel(
-                    "diffusion", "noise_prediction_loss_forward"
-                ),
-                "diffusion_noise_prediction_loss_backward": _kernel(
-                    "diffusion", "noise_prediction_loss_backward"
-                ),
-                "diffusion_step": _kernel("diffusion", "step"),
-            },
-        ),
-        "linear_cross_entropy": Implementation(
-            "triton",
-            _unsupported,
-            {
-                "linear_cross_entropy_forward": _linear_cross_entropy_forward,
-                "linear_cross_entropy_backward": _linear_cross_entropy_backward,
-            },
-        ),
-    }
-)
+TABLE: Mapping[str, Implementation] = {
+    "attention": Implementation(
+        "triton",
+        _attention_unsupported,
+        {
+            "attention_forward": _kernel("attention", "forward"),
+            "attention_backward": _kernel("attention_backward", "backward"),
+        },
+    ),
+    "additive_attention": Implementation(
+        "triton",
+        _unsupported,
+        {
+            "additive_attention_forward": _kernel("additive_attention", "forward"),
+            "additive_attention_backward": _additive_attention_backward,
+        },
+    ),
+    "add_layer_norm": Implementation(
+        "triton",
+        _unsupported,
+        {
+            "add_layer_norm_forward": _kernel("add_layer_norm", "forward"),
+            "add_layer_norm_backward": _add_layer_norm_backward,
+            "add_layer_norm_dropout_backward": _kernel("add_layer_norm", "dropout_backward"),
+        },
+    ),
+    "diffusion": Implementation(
+        "triton",
+        _unsupported,
+        {
+            "diffusion_randn": _kernel("diffusion", "randn"),
+            "diffusion_add_noise": _kernel("diffusion", "add_noise"),
+            "diffusion_noise_prediction_loss_forward": _kernel(
+                "diffusion", "noise_prediction_loss_forward"
+            ),
+            "diffusion_noise_prediction_loss_backward": _kernel(
+                "diffusion", "noise_prediction_loss_backward"
+            ),
+            "diffusion_step": _kernel("diffusion", "step"),
+        },
+    ),
+    "linear_cross_entropy": Implementation(
+        "triton",
+        _unsupported,
+        {
+            "linear_cross_entropy_forward": _linear_cross_entropy_forward,
+            "linear_cross_entropy_backward": _linear_cross_entropy_backward,
+        },
+    ),
+}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from leedl_fast.integrations.changes import Change, new_forward
 from leedl_fast.integrations.masks import Mask, padding
-from leedl_fast.layers.add_layer_norm import dropout_inside
+from leedl_fast.layers.add_layer_norm import dropout_inside, widened
 from leedl_fast.layers.attention import packed_projection
 from leedl_fast.layers.feed_forward import feed_forward
 from leedl_fast.ops.add_layer_norm import add_layer_norm
@@ -167,8 +167,8 @@ def _encoder_layer(
         branch = attend(self.norm1(src))
         x, residual = _add_norm(self.norm2, branch, src, self.dropout1)
         return residual + self.dropout2(_feed_forward(self, x))
-    x, _ = _add_norm(self.norm1, attend(src), src, self.dropout1)
-    return _add_norm(self.norm2, _feed_forward(self, x), x, self.dropout2)[0]
+    x = _post_norm(self.norm1, attend(src), src, self.dropout1)
+    return _post_norm(self.norm2, _feed_forward(self, x), x, self.dropout2)
 
 
 def _decoder_layer(
@@ -195,9 +195,9 @@ def _decoder_layer(
         x, residual = _add_norm(self.norm2, attend(self.norm1(tgt)), tgt, self.dropout1)
         x, residual = _add_norm(self.norm3, attend_to_memory(x), residual, self.dropout2)
         return residual + self.dropout3(_feed_forward(self, x))
-    x, _ = _add_norm(self.norm1, attend(tgt), tgt, self.dropout1)
-    x, _ = _add_norm(self.norm2, attend_to_memory(x), x, self.dropout2)
-    return _add_norm(self.norm3, _feed_forward(self, x), x, self.dropout3)[0]
+    x = _post_norm(self.norm1, attend(tgt), tgt, self.dropout1)
+    x = _post_norm(self.norm2, attend_to_memory(x), x, self.dropout2)
+    return _post_norm(self.norm3, _feed_forward(self, x), x, self.dropout3)
 
 
 def _branch(
@@ -231,6 +231,10 @@ def _add_norm(
     """norm(dropout(x) + residual), and that sum."""
     x, dropout_p = dropout_inside(dropout, x)
     return add_layer_norm(x, residual, norm.weight, norm.bias, eps=norm.eps, dropout_p=dropout_p)
+
+
+def _post_norm(norm: nn.LayerNorm, x: Tensor, residual: Tensor, dropout: nn.Module) -> Tensor:
+    return _add_norm(norm, widened(x, residual), residual, dropout)[0]
 
 
 _FORWARDS: dict[type[nn.Module], tuple[Callable, str]] = {

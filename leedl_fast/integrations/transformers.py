@@ -9,7 +9,7 @@ kernel as what they are; every other pattern of visible keys as a dense mask. No
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,32 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from leedl_fast.integrations.changes import Change
 from leedl_fast.integrations.masks import Mask, padding
 from leedl_fast.ops.attention import attention
-from leedl_fast.ops.scaled_dot_product_attention import as_bias, causal_from_the_first_key
+from leedl_fast.ops.scaled_dot_product_attention import (
+    as_bias,
+    causal_from_the_first_key,
+    under_autocast,
+)
 from leedl_fast.ops.windows import Window
 
 NAME = "leedl_fast"
 
 
-class VisibleKeys(Tensor):
-    """The boolean mask (batch, 1, seqlen_q, seqlen_k) of a window and of padding: `window` as
-    `attention` takes it, `padding` booleans (batch, seqlen_k) or None.
-
-    It is made only for those who compute with it: any operation on it sees the dense mask.
+class Pattern(NamedTuple):
+    """What a mask shows of the keys: `window` as `attention` takes it, `padding` booleans (batch,
+    seqlen_k) or None.
     """
 
     window: Window
     padding: Tensor | None
+
+
+class VisibleKeys(Tensor):
+    """The boolean mask (batch, 1, seqlen_q, seqlen_k) of a pattern.
+
+    It is made only for those who compute with it: any operation on it sees the dense mask.
+    """
+
+    pattern: Pattern
     dense: Callable[[], Tensor | None]
 
     @staticmethod
@@ -41,12 +52,11 @@ class VisibleKeys(Tensor):
         cls,
         shape: tuple[int, ...],
         device: torch.device | None,
-        window: Window,
-        padding: Tensor | None,
+        pattern: Pattern,
         dense: Callable[[], Tensor | None],
     ) -> VisibleKeys:
         mask = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        mask.window, mask.padding, mask.dense = window, padding, dense
+        mask.pattern, mask.dense = pattern, dense
         return mask
 
     @classmethod
@@ -68,8 +78,8 @@ def attention_mask(
     device: torch.device | None = None,
     **options: Any,
 ) -> Tensor | None:
-    """transformers' mask interface: what `masking_utils.sdpa_mask` returns, as `VisibleKeys` where
-    the pattern is a window of the queries' own positions, aligned with the last key.
+    """transformers' mask interface: what `masking_utils.sdpa_mask` returns, and its `pattern` where
+    that is a window of the queries' own positions, aligned with the last key.
     """
 
     def dense(**options: Any) -> Tensor | None:
@@ -85,20 +95,29 @@ def attention_mask(
             **options,
         )
 
-    if torch.compiler.is_compiling():  # a graph has no place for what is made on demand
-        return dense(**options)
-    window = _window(mask_function)
+    # A graph can look into functions that close over no tensor: not into that of packed sequences,
+    # which may stand where no mask is given, nor into one of the caller's (`use_vmap`).
+    in_graph = torch.compiler.is_compiling()
+    readable = not in_graph or not (attention_mask is None or options.get("use_vmap"))
     aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length
-    if window is None or not aligned:
+    window = _window(mask_function) if readable and aligned else None
+    if window is None:
         return dense(**options)
     seen = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if seen is not None:
         seen = seen[:, kv_offset : kv_offset + kv_length]
     without_skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     shape = (batch_size, 1, q_length, kv_length)
-    return VisibleKeys(shape, device, window, seen, lambda: dense(**(options | without_skips)))
+    pattern = Pattern(window, seen)
+    if not in_graph:
+        return VisibleKeys(shape, device, pattern, lambda: dense(**(options | without_skips)))
+    # A graph drops by itself what nobody computes with.
+    mask = dense(**(options | without_skips))
+    mask.pattern = pattern  # type: ignore[union-attr]
+    return mask
 
 
+@torch.compiler.assume_constant_result
 def _window(mask_function: Callable) -> tuple[int | None, int | None] | None:
     """The window that a mask function of transformers stands for, or None where it is another.
 
@@ -162,12 +181,14 @@ def attention_forward(
         )
     if cache is not None:
         raise NotImplementedError(f"attention {NAME!r} has no paged cache")
+    query, key, value = under_autocast(query, key, value)
     mask = Mask()
     window: Window = None
-    if isinstance(attention_mask, VisibleKeys):
-        window = attention_mask.window
-        if attention_mask.padding is not None:
-            mask = padding(attention_mask.padding, query.dtype)
+    pattern: Pattern | None = getattr(attention_mask, "pattern", None)
+    if pattern is not None:
+        window = pattern.window
+        if pattern.padding is not None:
+            mask = padding(pattern.padding, query.dtype)
     elif attention_mask is not None:
         mask = Mask(bias=as_bias(attention_mask, query.dtype))
     elif query.shape[2] > 1 and (

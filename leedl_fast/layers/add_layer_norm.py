@@ -21,6 +21,15 @@ def dropout_inside(dropout: nn.Module | None, x: Tensor) -> tuple[Tensor, float]
     return dropout(x), 0.0
 
 
+def widened(x: Tensor, residual: Tensor) -> Tensor:
+    """x in the dtype of x + residual, for a post-norm layer, whose `normed` is the next residual.
+
+    Under torch.autocast a sublayer gives bfloat16 or float16 beside a float32 residual; normed has
+    the dtype of x, and would lose the residual's digits at every layer.
+    """
+    return x.to(torch.promote_types(x.dtype, residual.dtype))
+
+
 class AddLayerNorm(nn.Module):
     """`summed = x + residual`, `normed = norm(summed) * weight + bias`.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from leedl_fast.layers.add_layer_norm import AddLayerNorm
+from leedl_fast.layers.add_layer_norm import AddLayerNorm, widened
 from leedl_fast.layers.attention import MultiHeadAttention
 from leedl_fast.layers.feed_forward import (
     Activation,
@@ -112,8 +112,9 @@ class TransformerEncoderLayer(nn.Module):
         if self.norm_first:
             branch, residual = self.forward_residual(x, None, key_lengths=key_lengths, cache=cache)
             return residual + branch
-        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=cache), x, self.dropout1)
-        x, _ = self.norm2(self._feed_forward(x), x, self.dropout2)
+        branch = self.self_attn(x, key_lengths=key_lengths, cache=cache)
+        x, _ = self.norm1(widened(branch, x), x, self.dropout1)
+        x, _ = self.norm2(widened(self._feed_forward(x), x), x, self.dropout2)
         return x
 
     def forward_residual(
@@ -219,10 +220,11 @@ class TransformerDecoderLayer(nn.Module):
             )
             return residual + branch
         own, kept = (None, None) if cache is None else (cache.self_attention, cache.memory)
-        x, _ = self.norm1(self.self_attn(x, key_lengths=key_lengths, cache=own), x, self.dropout1)
+        branch = self.self_attn(x, key_lengths=key_lengths, cache=own)
+        x, _ = self.norm1(widened(branch, x), x, self.dropout1)
         branch = self.multihead_attn(x, memory, key_lengths=memory_lengths, cache=kept)
-        x, _ = self.norm2(branch, x, self.dropout2)
-        x, _ = self.norm3(self._feed_forward(x), x, self.dropout3)
+        x, _ = self.norm2(widened(branch, x), x, self.dropout2)
+        x, _ = self.norm3(widened(self._feed_forward(x), x), x, self.dropout3)
         return x
 
     def forward_residual(

@@ -34,11 +34,15 @@ def scaled_dot_product_attention(
     Returns:
         (..., L, Ev). A query that sees no key gives zeros.
 
+    Under torch.autocast query, key and value are cast to its dtype, unless they are float64.
+
     Raises:
         ValueError, TypeError: as `attention`, and for a mask together with is_causal.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, tensor)
+    query, key, value = under_autocast(query, key, value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got {tuple(tensor.shape)}")
     checks.check_bool("is_causal", is_causal)
@@ -58,6 +62,17 @@ def scaled_dot_product_attention(
         k, v, window = causal_from_the_first_key(q.shape[2], k, v)
     out = attention(q, k, v, bias=bias, window=window, dropout_p=dropout_p, softmax_scale=scale)
     return out if len(shape) == 2 else out.reshape(*shape, *out.shape[2:])
+
+
+def under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors as torch.autocast, where it is on, hands them to torch's own function."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors
+    )
 
 
 def causal_from_the_first_key(

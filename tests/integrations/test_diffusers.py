@@ -171,6 +171,15 @@ def test_options_of_attention(name: str, processor: type) -> None:
     agree(attention, batch, 1)
 
 
+@pytest.mark.parametrize("name", ["q/k rms norm", "mask of heads"])
+def test_under_autocast(name: str) -> None:
+    """Norms give float32 beside a bfloat16 value."""
+    options, batch = ATTENTION[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        lines = leedl_fast.verify(Attention(16, heads=4, dim_head=4, **options), batch)
+    assert not [line for line in lines if not line.holds]
+
+
 @pytest.mark.parametrize("processor", [AttnProcessor, AttnProcessor2_0])
 def test_scores_need_no_upcasting(processor: type) -> None:
     """The flags are for half precision: in float64 they would round."""

@@ -182,8 +182,9 @@ def test_layers(options: dict[str, Any], training: bool, runs: list[Any]) -> Non
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_whole_transformer_and_its_padding(runs: list[Any]) -> None:
-    model = nn.Transformer(WIDTH, HEADS, 2, 2, 40, 0.0, batch_first=True, dtype=torch.float64)
+    model = nn.Transformer(WIDTH, 4, 2, 2, 40, 0.0, batch_first=True, dtype=torch.float64)
     source, target = randn(2, 7, WIDTH), randn(2, 5, WIDTH)
     mask = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
     padding = PADDED["right"]
@@ -308,7 +309,7 @@ def test_bad_arguments() -> None:
 
 
 def test_verify() -> None:
-    model = nn.Transformer(WIDTH, HEADS, 1, 1, 40, batch_first=True)
+    model = nn.Transformer(WIDTH, 4, 1, 1, 40, batch_first=True)
     batch = {"src": torch.randn(2, 7, WIDTH), "tgt": torch.randn(2, 5, WIDTH)}
     for given in (batch, tuple(batch.values())):
         lines = leedl_fast.verify(model, given)
@@ -326,3 +327,14 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         nn.TransformerEncoderLayer(WIDTH, HEADS, 40), torch.randn(7, 2, WIDTH)
     )
     assert not all(line.holds for line in lines)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_under_autocast(norm_first: bool, runs: list[tuple[str, Any]]) -> None:
+    """GELU, for ReLU's gradient jumps where a sum that was rounded changes its sign."""
+    options = {"activation": "gelu", "norm_first": norm_first}
+    model = nn.TransformerDecoder(nn.TransformerDecoderLayer(WIDTH, HEADS, 40, **options), 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        lines = leedl_fast.verify(model, (torch.randn(7, 2, WIDTH), torch.randn(5, 2, WIDTH)))
+    assert {p.dtype for name, p in runs if name == "attention_forward"} >= {torch.bfloat16}
+    assert not [line for line in lines if not line.holds]

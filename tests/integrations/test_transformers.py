@@ -142,7 +142,7 @@ def test_masks_are_what_sdpa_would_get(name: str, sizes: tuple[int, ...]) -> Non
         assert torch.equal(mask & True, expected)  # whoever computes with it sees the dense mask
         if window is None:
             continue
-        assert mask.window == window
+        assert mask.pattern.window == window
         q, k, v = (torch.randn(batch, 2, s, 4) for s in (seqlen_q, seqlen_k, seqlen_k))
         ours, theirs = (
             attention_forward(torch.nn.Identity(), q, k, v, m)[0] for m in (mask, expected)
@@ -150,16 +150,49 @@ def test_masks_are_what_sdpa_would_get(name: str, sizes: tuple[int, ...]) -> Non
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
-def test_a_graph_of_a_patched_model() -> None:
+@pytest.mark.parametrize(
+    ("name", "hidden", "expected"),
+    [
+        ("mistral, a window", PADDING["right"], {(4, 0)}),
+        ("mistral, a window", None, {None}),  # may be packed sequences: a dense mask
+        ("modernbert, a window on both sides", PADDING["left"], {(3, 3), None}),
+        ("bert", None, {None}),
+    ],
+    ids=str,
+)
+def test_a_graph_of_a_patched_model(
+    name: str, hidden: slice | None, expected: set[Any], attention_runs: list[Any]
+) -> None:
+    """Without a break, and with the windows in it."""
     torch.manual_seed(0)
-    model = models.make("mistral, a window")
-    batch = batch_of("mistral", PADDING["right"])
-    expected = model(**batch, use_cache=False).logits
+    model, batch = models.make(name), batch_of(name, hidden)
+    if "input_ids" in batch and name in models.DECODERS:
+        batch["use_cache"] = False
+    plain = model(**batch)[0]
     leedl_fast.patch(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    actual = compiled(**batch, use_cache=False).logits
-    seen = batch["attention_mask"].bool()
-    assert torch.allclose(actual[seen], expected[seen], atol=1e-5)
+    actual = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch)[0]
+    seen = batch.get("attention_mask", torch.ones(2, SEQLEN)).bool()
+    assert torch.allclose(actual[seen], plain[seen], atol=1e-5)
+    wide = (2 * SEQLEN, 2 * SEQLEN)
+    assert {window if window != wide else None for window in windows(attention_runs)} == expected
+
+
+@pytest.mark.parametrize("name", ["llama, grouped queries", "t5, position bias, cross-attention"])
+def test_under_autocast(name: str, attention_runs: list[Any]) -> None:
+    """As exact as torch's own under autocast, and in its dtype, whatever rotary positions give."""
+
+    class WithoutCache(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = models.make(name)
+
+        def forward(self, **batch: Tensor) -> Tensor:
+            return self.model(**batch, use_cache=False).logits
+
+    with torch.autocast("cpu", torch.bfloat16):
+        lines = leedl_fast.verify(WithoutCache(), batch_of(name, PADDING["right"]))
+    assert {problem.dtype for problem in attention_runs} == {torch.bfloat16}
+    assert not [line for line in lines if not line.holds]
 
 
 def test_it_can_be_asked_for_by_name() -> None:

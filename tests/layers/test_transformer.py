@@ -259,3 +259,12 @@ def test_an_encoder_layer_hands_score_and_normalizer_to_its_attention(score, nor
     after = x + attention(F.layer_norm(x, (WIDTH,)), key_lengths=LENGTHS)
     expected = after + layer.linear2(F.relu(layer.linear1(F.layer_norm(after, (WIDTH,)))))
     torch.testing.assert_close(layer(x, key_lengths=LENGTHS), expected)
+
+
+def test_a_post_norm_residual_keeps_its_digits_under_autocast():
+    layer = TransformerEncoderLayer(WIDTH, HEADS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x_and_memory()[0]).dtype == torch.float32
+    layer = TransformerDecoderLayer(WIDTH, HEADS)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(*x_and_memory()).dtype == torch.float32

@@ -84,3 +84,15 @@ def test_a_mask_and_is_causal_exclude_each_other() -> None:
         TypeError, match=r"attn_mask must be bool or floating point, got torch\.int"
     ):
         scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(3, 3, dtype=torch.int32))
+
+
+def test_under_autocast_it_runs_in_the_dtype_that_torch_casts_to() -> None:
+    query, key, value = (_randn(2, 4, 9, 16).float() for _ in range(3))
+    double = _randn(2, 4, 9, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for function in (scaled_dot_product_attention, F.scaled_dot_product_attention):
+            out = function(query, key.bfloat16(), value, attn_mask=_randn(9, 9).float())
+            assert out.dtype == torch.bfloat16
+            assert function(double, double, double).dtype == torch.float64
+        with pytest.raises(TypeError, match="k must have the dtype of q"):
+            scaled_dot_product_attention(query, key.long(), value)
