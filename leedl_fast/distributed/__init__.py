@@ -1,4 +1,8 @@
-"""Attention over a sequence that is split between processes, on torch.distributed."""
+"""Attention over a sequence that is split between processes, on torch.distributed.
+
+Each process has successive positions of every sample. Training's `--devices` splits the batch
+instead, whose samples stay whole.
+"""
 
 from leedl_fast.distributed.agreement import gather_seqlens
 from leedl_fast.distributed.attention import attention

@@ -5,6 +5,7 @@ one another without end.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from leedl_fast.ops import checks
@@ -70,6 +71,7 @@ def check_own_seqlen(seqlen: int, seqlens: tuple[int, ...], rank: int) -> None:
         )
 
 
+@torch.compiler.disable
 def _gather(mine: Any, group: Group) -> list[Any]:
     told: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(told, mine, group)

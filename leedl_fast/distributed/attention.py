@@ -97,7 +97,9 @@ def attention(
             gradients): a small collective, which on GPUs waits for the device. With seqlens (see
             `gather_seqlens`) nothing is compared, and ranks that disagree wait for each other until
             the group's timeout.
-        group: the process group; None means the default one. On CPUs gloo, on GPUs NCCL.
+        group: the process group; None means the default one. gloo on CPUs, NCCL on GPUs (which was
+            not run). NCCL wants all ranks in a group's first call, and a rank without positions
+            sends nothing: where there is one, have a `torch.distributed.barrier` before.
 
     Returns:
         out, (batch, num_heads, seqlen, head_dim_v), or (out, lse), of this rank's queries.

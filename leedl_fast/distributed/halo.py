@@ -6,7 +6,6 @@ before and `right` after them, whatever S is. It fetches those in one message fr
 owns some. The gradients of what was fetched go back the same way.
 """
 
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ class Halo(NamedTuple):
     receives: dict[int, range]
 
 
-@lru_cache
 def halo_of(seqlens: tuple[int, ...], rank: int, left: int, right: int) -> Halo:
     """seqlens: how many positions each rank owns; left, right: how far a query sees."""
     ends = list(accumulate(seqlens))
@@ -64,11 +62,12 @@ def _common(x: range, y: range, origin: int) -> range:
     return range(max(x.start, y.start) - origin, min(x.stop, y.stop) - origin)
 
 
+@torch.compiler.disable
 def fetch(halo: Halo, k: Tensor, v: Tensor, group: Group) -> tuple[Tensor, Tensor]:
     """k and v (batch, num_heads_k, seqlen, head_dim) with the halo before and after them.
 
     Differentiable any number of times; every rank must then run every backward, as it must run
-    every forward.
+    every forward. torch.compile breaks its graph here.
     """
     if not halo.sends and not halo.receives:
         return k, v

@@ -31,7 +31,9 @@ class HaloCache(KVCache):
         super().__init__(window=window)
         self.group, self.rank = group, rank_in(group)
         self.seqlens = check_seqlens(seqlens, group)
-        self.length = sum(self.seqlens[: self.rank])
+        left = sum(self.seqlens) if window is None else window
+        self._halo = halo_of(self.seqlens, self.rank, left, 0)
+        self.length = self._halo.begin
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values that this rank's queries see; every rank of the group must call it.
@@ -39,17 +41,24 @@ class HaloCache(KVCache):
         k and v: (batch, num_heads_k, seqlen, head_dim) of this rank's tokens.
         """
         check_own_seqlen(k.shape[2], self.seqlens, self.rank)
-        left = sum(self.seqlens) if self.window is None else self.window
-        return fetch(halo_of(self.seqlens, self.rank, left, 0), k, v, self.group)
+        return fetch(self._halo, k, v, self.group)
 
 
 def halo_caches(
     encoder: TransformerEncoder, seqlens: Sequence[int], *, group: Group = None
 ) -> list[HaloCache]:
-    """The caches with which a causal encoder, a GPT's for one, runs on a split sequence:
-    `encoder(x, caches=halo_caches(encoder, seqlens))`, with this rank's chunk as x.
+    """The caches with which a causal encoder runs on a split sequence, one per layer.
 
-    The gradients of the parameters are then what this rank's tokens add to them: sum them over the
-    group. Dropout draws from each rank's own generator: seed those differently.
+    A training step of a GPT, of which every rank has all parameters and its part of each text::
+
+        seqlens = gather_seqlens(tokens.shape[1])
+        caches = halo_caches(model.transformer, seqlens)
+        hidden = model.hidden(tokens, caches=caches)
+        loss = linear_cross_entropy(hidden, model.head.weight, targets, reduction="sum")
+        (loss / (len(tokens) * sum(seqlens))).backward()
+        for parameter in model.parameters():  # so far what this rank's tokens add to it
+            torch.distributed.all_reduce(parameter.grad)
+
+    Dropout draws from each rank's own generator: seed those differently.
     """
     return [HaloCache(seqlens, window=cache.window, group=group) for cache in encoder.new_caches()]

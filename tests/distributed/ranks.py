@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-PATIENCE = 100  # seconds: a rank that waits for another one longer has been left alone
+PATIENCE = 200  # seconds: a rank that waits for another one longer has been left alone
 
 
 class Ranks:

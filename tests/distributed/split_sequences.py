@@ -250,6 +250,20 @@ def runs_in_a_group_of_some():
     torch.testing.assert_close(out, whole.split(seqlens, dim=2)[dist.get_rank() - 1])
 
 
+def runs_compiled(seqlens):
+    """The graph breaks, and the numbers are the same."""
+
+    def function(q, k, v):
+        return leedl_fast.distributed.attention(2 * q, k, v, window=(5, 3)) + 1
+
+    parts = [own(seqlens, x).requires_grad_() for x in draw(seqlens)[:3]]
+    results = []
+    for call in (function, torch.compile(function, backend="eager")):
+        out = call(*parts)
+        results.append((out, *torch.autograd.grad(out.sum(), parts)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def trains_a_gpt(seqlens, options):
     """Three steps: losses, gradients and parameters of one process that has the whole text."""
     config = GPTConfig(

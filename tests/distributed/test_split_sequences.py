@@ -120,6 +120,11 @@ def test_a_group_of_some_ranks(ranks):
         ranks(split_sequences.runs_in_a_group_of_some)
 
 
+def test_torch_compile(ranks):
+    if ranks.size == 2:
+        ranks(split_sequences.runs_compiled, seqlens_of(ranks))
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"window": 6}, {"window": 70, "positions": "rotary", "num_heads_k": 2}],
