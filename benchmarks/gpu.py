@@ -36,7 +36,7 @@ HEAD_DIM = 128
 GPU_LOST = 75  # the exit code that benchmarks/gpu.sh knows
 OURS = "leedl_fast"
 DESCRIPTORS = "leedl_fast, descriptors"
-WALKING = "leedl_fast, 2 programs per multiprocessor"  # which walk the forward pass' tiles
+WALKING = "leedl_fast, 2 programs per multiprocessor"  # which walk through the tiles
 
 
 def _milliseconds(
@@ -137,12 +137,12 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
 
     peers: Peers = {OURS: ours}
     wraps: dict[str, Wrap] = {}
+    kernels = "forward", "query", "key_value"
     if DEVICE.type == "cuda" and takes_descriptors(DEVICE):
-        kernels = "forward", "query", "key_value"
         peers[DESCRIPTORS], wraps[DESCRIPTORS] = ours, _with_tiles(kernels, descriptors=True)
     if window is not None and sum(window) < 256:
         peers[WALKING] = ours
-        wraps[WALKING] = _with_tiles(("forward",), step=32, programs_per_sm=2)
+        wraps[WALKING] = _with_tiles(kernels, step=32, programs_per_sm=2)
     if window is None:
         peers["SDPA flash"] = flash
     else:
