@@ -28,7 +28,8 @@ CPU_FLAGS = [
 ]
 BINDINGS = "module.cpp"  # nothing to optimise but pybind11's templates
 CUDA_FLAGS = [
-    "-std=c++17 -O3 -fmad=false -Xfatbin -compress-all",  # no contraction, as on the CPU
+    "-std=c++17 -O3 -fmad=false",  # no contraction, as on the CPU
+    "-Xfatbin -compress-all --threads 4",  # of the targets at once
     "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off,-Wall,-Wextra",
     "-Icsrc/cuda -Icsrc/common",
 ]

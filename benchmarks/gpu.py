@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from leedl_fast import add_layer_norm, attention, diffusion
+from leedl_fast.backends import cuda
 from leedl_fast.files import write_file
 from leedl_fast.kernels import add_layer_norm_backward, attention_blocks
 from leedl_fast.testing.bench import interleave, is_lost, measure_ceilings, synchronized
@@ -35,8 +36,13 @@ BUDGET_S = 0.5  # per comparison
 HEAD_DIM = 128
 GPU_LOST = 75  # the exit code that benchmarks/gpu.sh knows
 OURS = "leedl_fast"
+CUDA = "leedl_fast, CUDA C++"
 DESCRIPTORS = "leedl_fast, descriptors"
 WALKING = "leedl_fast, 2 programs per multiprocessor"  # which walk through the tiles
+
+
+def _has_cuda_kernels() -> bool:
+    return DEVICE.type == "cuda" and (cuda.reason() or cuda.unsupported_device(DEVICE)) is None
 
 
 def _milliseconds(
@@ -193,6 +199,8 @@ def _add_layer_norm(rows: int, n: int) -> dict:
         return LigerLayerNormFunction.apply(summed, weight, bias, 1e-5), summed
 
     peers: Peers = {OURS: ours, "eager": eager}
+    if _has_cuda_kernels():
+        peers[CUDA] = lambda: add_layer_norm(x, residual, weight, bias, backend="cuda")
     peers["torch.compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     if find_spec("liger_kernel"):
         peers["Liger"] = liger
@@ -211,7 +219,6 @@ def _diffusion(shape: tuple[int, ...]) -> dict:
     schedule = diffusion.NoiseSchedule.linear(1000)
     sample, output = (_randn(*shape, dtype=torch.float32).detach() for _ in range(2))
     t = 500
-    options: dict[str, Any] = {"seed": 3, "backend": BACKEND}
     abar, abar_prev = (float(schedule.alphas_cumprod[i]) for i in (t, t - 1))
     alpha = abar / abar_prev
     deviation = ((1 - abar_prev) / (1 - abar) * (1 - alpha)) ** 0.5
@@ -232,20 +239,27 @@ def _diffusion(shape: tuple[int, ...]) -> dict:
         mean = abar_prev**0.5 * clean_sample() + direction
         return mean + deviation * torch.randn_like(sample)
 
-    steps: dict[str, Peers] = {
-        "add_noise": {
-            OURS: lambda: diffusion.add_noise(sample, t, schedule, **options),
-            "eager": eager_add_noise,
-        },
-        "ddpm_step": {
-            OURS: lambda: diffusion.ddpm_step(output, t, sample, schedule, **options),
-            "eager": eager_ddpm_step,
-        },
-        "ddim_step": {
-            OURS: lambda: diffusion.ddim_step(output, t, sample, schedule, eta=1.0, **options),
-            "eager": eager_ddim_step,
-        },
+    def ours(backend: str) -> Peers:
+        options: dict[str, Any] = {"seed": 3, "backend": backend}
+        return {
+            "add_noise": lambda: diffusion.add_noise(sample, t, schedule, **options),
+            "ddpm_step": lambda: diffusion.ddpm_step(output, t, sample, schedule, **options),
+            "ddim_step": lambda: diffusion.ddim_step(
+                output, t, sample, schedule, eta=1.0, **options
+            ),
+        }
+
+    eager = {
+        "add_noise": eager_add_noise,
+        "ddpm_step": eager_ddpm_step,
+        "ddim_step": eager_ddim_step,
     }
+    steps: dict[str, Peers] = {
+        name: {OURS: run, "eager": eager[name]} for name, run in ours(BACKEND).items()
+    }
+    if _has_cuda_kernels():
+        for name, run in ours("cuda").items():
+            steps[name][CUDA] = run
     if find_spec("diffusers"):
         for name, run in _diffusers(sample, output, t).items():
             steps[name]["diffusers"] = run

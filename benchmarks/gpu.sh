@@ -81,7 +81,7 @@ export -f run_shard run_tests measure
 export tests
 
 install=("$python" -m pip install --no-build-isolation --no-deps -e .)
-step build 90 "${install[@]}"
+step build 110 "${install[@]}"
 if ! grep -q '^build 0 ' "$parts/steps.txt"; then  # the kernels in Triton need no compiler
     step build-without-cpu 30 env CXX=false "${install[@]}"
 fi

@@ -50,7 +50,8 @@ struct Forward {
 
 // A block has layout.rows_per_block rows.
 template <typename X, typename R, int kVectors>
-__global__ void __launch_bounds__(kMostThreads) forward_kernel(const __grid_constant__ Forward<X, R> forward) {
+__global__ void __launch_bounds__(most_threads<X>(kVectors, kMostThreads), 1)
+    forward_kernel(const __grid_constant__ Forward<X, R> forward) {
   const Owner<X> owner(forward.layout);
   const int64_t n = forward.layout.n;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * forward.layout.rows_per_block + owner.row_in_block;
@@ -98,7 +99,8 @@ __global__ void __launch_bounds__(kMostThreads) forward_kernel(const __grid_cons
 
 // A block has one row, which it walks through three times.
 template <typename X, typename R>
-__global__ void __launch_bounds__(kMostThreads) long_forward_kernel(const __grid_constant__ Forward<X, R> forward) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    long_forward_kernel(const __grid_constant__ Forward<X, R> forward) {
   const Owner<X> owner(forward.layout);
   const int64_t n = forward.layout.n, row = blockIdx.x;
   const int step = owner.threads * kPerVector<X>;
@@ -137,7 +139,7 @@ __global__ void __launch_bounds__(kMostThreads) long_forward_kernel(const __grid
 
 // dx = dresidual times what the forward pass multiplied x by.
 template <typename X, typename R>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, 1)
     dropout_backward_kernel(X* dx, const R* dresidual, const __grid_constant__ Dropout dropout,
                             const __grid_constant__ Layout layout) {
   const Owner<X> owner(layout);

@@ -60,6 +60,12 @@ Layout layout_of(int64_t rows, int64_t n, int most_threads, bool is_aligned) {
   return layout;
 }
 
+// Of the blocks whose threads own so many vectors, as layout_of makes them.
+template <typename X>
+constexpr int most_threads(int vectors, int most_of_long_rows) {
+  return vectors == kMostVectors<X> ? most_of_long_rows : kThreadsForShortRows;
+}
+
 template <typename X>
 bool is_long(const Layout& layout) {
   return layout.n > static_cast<int64_t>(layout.threads) * layout.vectors * kPerVector<X>;

@@ -41,7 +41,8 @@ struct Backward {
 
 // A block has rows_per_part rows, layout.rows_per_block at a time.
 template <typename X, typename R, int kVectors>
-__global__ void __launch_bounds__(kMostThreads) backward_kernel(const __grid_constant__ Backward<X, R> backward) {
+__global__ void __launch_bounds__(most_threads<X>(kVectors, kMostThreads), 1)
+    backward_kernel(const __grid_constant__ Backward<X, R> backward) {
   constexpr int kCount = kPerVector<X>;
   const Owner<X> owner(backward.layout);
   const int64_t n = backward.layout.n;
@@ -151,7 +152,8 @@ __device__ void accumulate(const Owner<X>& owner, int64_t column, bool is_first,
 // A block has rows_per_part rows, each of which it walks through four times; its sums for dweight and dbias are in the
 // partial sums from the start, where the caches hold them.
 template <typename X, typename R>
-__global__ void __launch_bounds__(kMostThreads) long_backward_kernel(const __grid_constant__ Backward<X, R> backward) {
+__global__ void __launch_bounds__(kMostThreads, 1)
+    long_backward_kernel(const __grid_constant__ Backward<X, R> backward) {
   constexpr int kCount = kPerVector<X>;
   const Owner<X> owner(backward.layout);
   const int64_t n = backward.layout.n;

@@ -54,7 +54,7 @@ def _load(isa: str) -> ModuleType | str:
 
 
 def signature() -> Callable[..., bytes | None] | None:
-    """`signature(*tensors)` of csrc/cpu/tensors.cpp, or None when there is no compiled module."""
+    """`signature(*tensors)` of csrc/common/tensors.cpp, or None without a compiled module."""
     return next((module.signature for module in modules().values()), None)
 
 

@@ -64,11 +64,13 @@ def compile_emulated(name: str, sources: list[Path], *flags: str) -> Path:
     return _compile(sources, includes, target, *flags, str(library), f"-Wl,-rpath,{library.parent}")
 
 
-def compiled_module() -> ModuleType:
+def compiled_module(*flags: str) -> ModuleType:
     """`leedl_fast._cuda`, but emulated."""
     common = sorted((CSRC / "common").glob("*.cpp"))
     sources = [*(CSRC / "cuda").glob("*.cu"), CSRC / "cuda" / "module.cpp", *common]
-    spec = importlib.util.spec_from_file_location("_cuda", compile_emulated("_cuda", sources))
+    spec = importlib.util.spec_from_file_location(
+        "_cuda", compile_emulated("_cuda", sources, *flags)
+    )
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -76,9 +78,9 @@ def compiled_module() -> ModuleType:
     return module
 
 
-def use_emulator() -> None:
-    """From now on this process has the CUDA backend, for CPU tensors."""
-    sys.modules["leedl_fast._cuda"] = compiled_module()
+def use_emulator(*flags: str) -> None:
+    """From now on this process has the CUDA backend, for CPU tensors, compiled with these flags."""
+    sys.modules["leedl_fast._cuda"] = compiled_module(*flags)
     cuda._load.cache_clear()
     cuda.unsupported_device = lambda device: None
     assert cuda.reason() is None

@@ -1,4 +1,6 @@
-"""The Triton backend on a GPU: every sample against float64, as the interpreter runs them."""
+"""The Triton and the CUDA backend on a GPU: every sample against float64, as the interpreter and
+the emulator run them.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from leedl_fast import tuning
-from leedl_fast.backends import triton, use_backend
+from leedl_fast.backends import cuda, table, use_backend
 from leedl_fast.kernels import attention_blocks
 from leedl_fast.layers import MultiHeadAttention, TransformerEncoderLayer
 from leedl_fast.ops import add_layer_norm, attention, diffusion
@@ -28,7 +30,14 @@ from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no GPU, and these tests run on one"
 )
-TAKEN = [case for case in dict.fromkeys((*CASES, *ATTENTION_EXTRAS)) if case.op in triton.TABLE]
+ALL = dict.fromkeys((*CASES, *ATTENTION_EXTRAS))
+BACKENDS = ("triton", "cuda")
+
+
+def _need(backend: str) -> None:
+    """Where nothing could build the CUDA kernels there is nothing to test."""
+    if backend == "cuda" and cuda.reason() is not None:
+        pytest.skip(str(cuda.reason()))
 
 
 @pytest.fixture(autouse=True)
@@ -46,20 +55,22 @@ def _expected(case: Case, rounded_to: torch.dtype) -> dict[str, Tensor]:
 
 def _parameters() -> Iterator[Any]:
     """float16 is bfloat16 with other roundings: a few samples do."""
-    for case in TAKEN:
-        yield pytest.param(case, torch.float32, id=f"{case}-float32")
-        yield pytest.param(case, torch.bfloat16, id=f"{case}-bfloat16")
-        if case.op != "attention" or case.name.endswith("everything"):
-            yield pytest.param(case, torch.float16, id=f"{case}-float16")
+    for backend in BACKENDS:
+        for case in (case for case in ALL if case.op in table(backend)):
+            few = case.op == "attention" and not case.name.endswith("everything")
+            for dtype in ("float32", "bfloat16", *(() if few else ("float16",))):
+                name = f"{case}-{dtype}" + ("-cuda" if backend == "cuda" else "")
+                yield pytest.param(case, getattr(torch, dtype), backend, id=name)
 
 
-@pytest.mark.parametrize(("case", "dtype"), list(_parameters()))
-def test_conformance(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("case", "dtype", "backend"), list(_parameters()))
+def test_conformance(case: Case, dtype: torch.dtype, backend: str) -> None:
+    _need(backend)
     expected = _expected(case, dtype)
     plain = outputs_and_gradients(case, dtype, "eager", device="cuda")
     with poisoned_outputs() as ran:
         try:
-            actual = outputs_and_gradients(case, dtype, "triton", device="cuda")
+            actual = outputs_and_gradients(case, dtype, backend, device="cuda")
         except NotImplementedError as error:  # what the table's `unsupported` says
             pytest.skip(str(error))
     assert ran
@@ -157,10 +168,12 @@ def test_packed_sequences_are_each_alone_bit_for_bit() -> None:
     assert torch.equal(packed, torch.cat(alone, 2))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("n", [1, 1023, 1 << 20])
-def test_noise_is_the_cpus_bit_for_bit(n: int) -> None:
+def test_noise_is_the_cpus_bit_for_bit(n: int, backend: str) -> None:
+    _need(backend)
     seeds = torch.tensor([0, -1, 2**63 - 1])
-    on_gpu = diffusion.randn((3, n), seed=seeds.cuda(), device="cuda", backend="triton")
+    on_gpu = diffusion.randn((3, n), seed=seeds.cuda(), device="cuda", backend=backend)
     on_cpu = diffusion.randn((3, n), seed=seeds, backend="eager")
     assert torch.equal(on_gpu.cpu().view(torch.int32), on_cpu.view(torch.int32))
 
@@ -209,14 +222,16 @@ def test_few_programs_that_walk_the_tiles_make_the_same_bits(packed: bool) -> No
             assert torch.equal(attention(q, k, v, **options), alone)
 
 
-def test_bound_launches_are_the_first_ones_bit_for_bit() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bound_launches_are_the_first_ones_bit_for_bit(backend: str) -> None:
     """Also on tensors at other addresses, one of them not aligned, and into a CUDA graph."""
+    _need(backend)
     x, residual = torch.randn(2, 64, 256, device="cuda")
     weight, bias = torch.randn(2, 256, device="cuda")
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in tensors]
-        outputs = add_layer_norm(*leaves, dropout_p=0.2, seed=3, backend="triton")
+        outputs = add_layer_norm(*leaves, dropout_p=0.2, seed=3, backend=backend)
         return *outputs, *torch.autograd.grad(outputs, leaves, [residual, x])
 
     inputs = x, residual, weight, bias
@@ -254,3 +269,21 @@ def test_attention_and_steps_are_launched_again_bit_for_bit() -> None:
         shifted = [x.new_empty(x.numel() + offset)[offset:].view(x.shape).copy_(x) for x in tensors]
         for _ in range(2):
             assert all(map(torch.equal, run(*shifted), first))
+
+
+@pytest.mark.parametrize("n", [768, 4096, 12288, 40000])
+def test_cuda_rows_of_any_length_against_the_reference(n: int) -> None:
+    _need("cuda")
+    x, residual, dnormed = torch.randn(3, 300, n, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(2, n, device="cuda", dtype=torch.bfloat16)
+
+    def run(backend: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]
+        normed, summed = add_layer_norm(*leaves, backend=backend)
+        return normed, summed, *torch.autograd.grad(normed, leaves, dnormed.to(dtype))
+
+    exact, plain = run("eager", torch.float64), run("eager", torch.bfloat16)
+    ours = run("cuda", torch.bfloat16)
+    assert all(map(torch.equal, ours, run("cuda", torch.bfloat16)))
+    for actual, eager, expected in zip(ours, plain, exact, strict=True):
+        assert max_error(actual, expected) <= allowed_error(eager, expected, torch.bfloat16)
