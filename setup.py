@@ -64,7 +64,7 @@ def find_nvcc() -> str | None:
 
 
 def cuda_targets(nvcc: str) -> str:
-    """The flags for those of CUDA_TARGETS that this nvcc knows."""
+    """The flags for those of CUDA_TARGETS that this nvcc knows; none, where it is too old."""
     result = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
     known = [target for target in CUDA_TARGETS if f"sm_{target}" in result.stdout.split()]
     code = [f"-gencode arch=compute_{target},code=sm_{target}" for target in known]
@@ -94,6 +94,10 @@ class NinjaBuild(build_ext):
                 self.reasons["_cuda"] = (
                     "no nvcc was found when the package was built (looked for $CUDA_HOME/bin/nvcc, "
                     "nvcc, /usr/local/cuda/bin/nvcc)"
+                )
+            elif not cuda_targets(nvcc):
+                self.reasons["_cuda"] = (
+                    f"{nvcc} knows none of the GPUs sm_{', sm_'.join(CUDA_TARGETS)}"
                 )
             self._write_ninja_file(compiler, nvcc)
             for extension in self.extensions:

@@ -1,6 +1,7 @@
 """Data flows one way: no module imports one above it. Read from the syntax trees."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,13 @@ def test_compiled_code_knows_no_torch() -> None:
         if path.is_file():
             includes = [line for line in path.read_text().splitlines() if "#include" in line]
             assert not [line for line in includes if "torch" in line or "ATen" in line], path
+
+
+def test_inline_ptx_stands_in_one_file() -> None:
+    """Whose functions the emulator of tests/cuda has, too."""
+    folder = PACKAGE.parent / "csrc" / "cuda"
+    users = [path.name for path in folder.iterdir() if re.search(r"\basm\b", path.read_text())]
+    assert users == ["instructions.h"]
 
 
 def test_the_environment_is_read_in_one_file() -> None:

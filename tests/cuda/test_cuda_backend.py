@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from leedl_fast.backends import cuda
+from leedl_fast.backends import cuda, select, triton
 from leedl_fast.ops import diffusion
+from leedl_fast.ops.add_layer_norm import Problem
 
 needs_module = pytest.mark.skipif(cuda.reason() is not None, reason=str(cuda.reason()))
 
@@ -41,3 +42,27 @@ def test_without_a_gpu_a_launch_says_so() -> None:
     out, seeds = torch.empty(2, 3), torch.tensor([1, 2])
     with pytest.raises(RuntimeError, match=r"CUDA says cudaError(InsufficientDriver|NoDevice)"):
         cuda._module().randn(out, seeds)
+
+
+def _problem(**changes: object) -> Problem:
+    dtypes = dict.fromkeys(("dtype", "residual_dtype", "parameter_dtype"), torch.float32)
+    options = {"rows": 3, "n": 4, "eps": 1e-5, "norm": "layer", "dropout_p": 0.0}
+    return Problem(**{**options, **dtypes, "device": torch.device("cuda"), **changes})
+
+
+@needs_module
+def test_it_runs_where_triton_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "unsupported_device", lambda device: None)
+    for reason, expected in ((None, "triton"), ("Triton cannot be imported", "cuda")):
+        monkeypatch.setattr(triton, "_unsupported", lambda problem, reason=reason: reason)
+        table = {"add_layer_norm": triton.Implementation("triton", triton._unsupported, {})}
+        monkeypatch.setattr(triton, "TABLE", table)
+        assert select("add_layer_norm", _problem()).backend == expected
+
+
+@needs_module
+def test_what_the_kernels_do_not_take() -> None:
+    with pytest.raises(NotImplementedError, match="cuda: takes float32, bfloat16 and float16, got"):
+        select("add_layer_norm", _problem(dtype=torch.float64), "cuda")
+    with pytest.raises(NotImplementedError, match="cuda: has no such op"):
+        select("linear_cross_entropy", _problem(), "cuda")
