@@ -12,29 +12,33 @@
 
 namespace leedl {
 
-struct AttentionWindow {
-  int64_t seqlen_q;
-  int64_t key_end;  // keys from here on are padding; at most seqlen_k
-  int64_t shift;
-  int64_t window_left;
-  int64_t window_right;
+// Index holds sums of three of its members.
+template <typename Index>
+struct AttentionWindowOf {
+  Index seqlen_q;
+  Index key_end;  // keys from here on are padding; at most seqlen_k
+  Index shift;
+  Index window_left;
+  Index window_right;
 
-  LEEDL_HOST_DEVICE int64_t key_begin(int64_t query) const {
-    const int64_t first = query + shift - window_left;
+  LEEDL_HOST_DEVICE Index key_begin(Index query) const {
+    const Index first = query + shift - window_left;
     return first > 0 ? first : 0;
   }
-  LEEDL_HOST_DEVICE int64_t key_end_of(int64_t query) const {
-    const int64_t last = query + shift + window_right;
+  LEEDL_HOST_DEVICE Index key_end_of(Index query) const {
+    const Index last = query + shift + window_right;
     return last < key_end ? last + 1 : key_end;
   }
-  LEEDL_HOST_DEVICE int64_t query_begin(int64_t key) const {
-    const int64_t first = key - shift - window_right;
+  LEEDL_HOST_DEVICE Index query_begin(Index key) const {
+    const Index first = key - shift - window_right;
     return first > 0 ? first : 0;
   }
-  LEEDL_HOST_DEVICE int64_t query_end_of(int64_t key) const {
-    const int64_t last = key - shift + window_left;
+  LEEDL_HOST_DEVICE Index query_end_of(Index key) const {
+    const Index last = key - shift + window_left;
     return last < seqlen_q ? last + 1 : seqlen_q;
   }
 };
+
+using AttentionWindow = AttentionWindowOf<int64_t>;
 
 }  // namespace leedl

@@ -3,9 +3,18 @@
 // something else is said.
 #pragma once
 
+#include <array>
 #include <cstdint>
+#include <tuple>
 
 #include "tensors.h"
+
+namespace leedl {
+
+using AttentionInputs = std::array<Tensor, 5>;  // sinks alibi_slopes key_lengths cu_seqlens_q cu_seqlens_k
+using AttentionOptions = std::tuple<double, int64_t, int64_t>;  // softmax_scale, window_left, window_right
+
+}  // namespace leedl
 
 namespace leedl::entry_points {
 
@@ -19,6 +28,18 @@ void add_layer_norm_dropout_backward(const Tensor& dx, const Tensor& dresidual, 
 void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, const Tensor& dbias,
                              const Tensor& partial, const Tensor& dnormed, const Tensor& dsummed, const Tensor& summed,
                              const Tensor& weight, double eps, bool rms);
+
+// Of attention, tensors are bfloat16 or float16 and statistics float32. False, and nothing is done, where a row of an
+// input does not begin at a multiple of 16 bytes.
+bool attention_forward(const Tensor& out, const Tensor& lse, const Tensor& base, const Tensor& inverse_sum,
+                       const Tensor& q, const Tensor& k, const Tensor& v, const AttentionInputs& inputs,
+                       const AttentionOptions& options);
+
+// `delta` and, without sinks none, `dsinks_of_rows` are like lse, dlse too, or none.
+bool attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& delta,
+                        const Tensor& dsinks_of_rows, const Tensor& dout, const Tensor& out, const Tensor& q,
+                        const Tensor& k, const Tensor& v, const Tensor& dlse, const Tensor& base,
+                        const Tensor& inverse_sum, const AttentionInputs& inputs, const AttentionOptions& options);
 
 // Of diffusion, samples are (batch, ...) and contiguous, coefficients (batch, kinds) float64, seeds and streams (batch,)
 // int64. Either noise is given or made from the seeds.

@@ -1,5 +1,6 @@
 // The extension module for NVIDIA GPUs.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "entry_points.h"
 #include "tensor_caster.h"
@@ -12,6 +13,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("add_layer_norm_forward", &entry_points::add_layer_norm_forward);
   m.def("add_layer_norm_dropout_backward", &entry_points::add_layer_norm_dropout_backward);
   m.def("add_layer_norm_backward", &entry_points::add_layer_norm_backward);
+  m.def("attention_forward", &entry_points::attention_forward);
+  m.def("attention_backward", &entry_points::attention_backward);
   m.def("randn", &entry_points::randn);
   m.def("add_noise", &entry_points::add_noise);
   m.def("noise_prediction_loss_forward", &entry_points::noise_prediction_loss_forward);

@@ -113,6 +113,100 @@ def _add_layer_norm_dropout_backward(
     _module().add_layer_norm_dropout_backward(dx, dresidual, seed, problem.dropout_p)
 
 
+# Of attention, as csrc/cuda has them.
+MAX_HEAD_DIM = 256
+MAX_HEAD_DIM_BACKWARD = 128
+MAX_SEQLEN = 2**29
+ATTENTION_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _attention_unsupported(problem: Any) -> str | None:
+    if problem.dtype not in ATTENTION_DTYPES:
+        return f"takes bfloat16 and float16, got {problem.dtype}"
+    for name, is_asked_for in (
+        (f"normalizer {problem.normalizer!r}", problem.normalizer != "softmax"),
+        ("softcap", problem.softcap is not None),
+        ("bias", problem.bias_shape is not None),
+        ("dropout", problem.dropout_p > 0),
+    ):
+        if is_asked_for:
+            return f"has no {name}"
+    if max(problem.seqlen_q, problem.seqlen_k) > MAX_SEQLEN:
+        sizes = f"{problem.seqlen_q} and {problem.seqlen_k}"
+        return f"seqlen must be at most {MAX_SEQLEN}, got {sizes}"
+    largest = MAX_HEAD_DIM_BACKWARD if problem.wants_statistics else MAX_HEAD_DIM
+    if max(problem.head_dim, problem.head_dim_v) > largest:
+        sizes = f"{problem.head_dim} and {problem.head_dim_v}"
+        use = "with lse or gradients" if problem.wants_statistics else "without gradients"
+        return f"head_dim must be at most {largest} {use}, got {sizes}"
+    return _unsupported(problem)
+
+
+def _with_aligned_rows(x: Tensor) -> Tensor:
+    """x or, where one of its rows does not begin at a multiple of 16 bytes, a copy."""
+    in_vector = 16 // x.element_size()
+    strides = [stride for stride, size in zip(x.stride(), x.shape[:3], strict=False) if size > 1]
+    if x.data_ptr() % 16 == 0 and all(stride % in_vector == 0 for stride in strides):
+        return x
+    columns = -(-x.shape[3] // in_vector) * in_vector
+    return x.new_empty(*x.shape[:3], columns)[..., : x.shape[3]].copy_(x)
+
+
+def _attention_forward(
+    problem: Any,
+    out: Tensor,
+    lse: Tensor | None,
+    base: Tensor | None,
+    inverse_sum: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    *others: Tensor | None,
+) -> None:
+    """others: the rest of the Inputs, the last of which, dropout's seed, is None."""
+    if out.numel() == 0 and (lse is None or lse.numel() == 0):
+        return
+    run = _module().attention_forward
+    outputs, inputs, options = (out, lse, base, inverse_sum), others[:-1], _options(problem)
+    if not run(*outputs, q, k, v, inputs, options):
+        run(*outputs, *map(_with_aligned_rows, (q, k, v)), inputs, options)
+
+
+def _attention_backward(
+    problem: Any,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dbias: Tensor,
+    dsinks: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: None,
+    *others: Tensor | None,
+) -> None:
+    """others: the rest of the Inputs, out, and the statistics of the forward pass."""
+    *inputs, _, out, base, inverse_sum = others
+    assert out is not None and base is not None
+    delta = torch.empty_like(base)
+    dsinks_of_rows = torch.empty_like(base) if problem.has_sinks else None
+    run = _module().attention_backward
+    outputs = dq, dk, dv, delta, dsinks_of_rows
+    rest = dlse, base, inverse_sum, tuple(inputs), _options(problem)
+    tensors = dout, out, q, k, v
+    if not run(*outputs, *tensors, *rest):
+        run(*outputs, *map(_with_aligned_rows, tensors), *rest)
+    if dsinks_of_rows is not None:
+        torch.sum(dsinks_of_rows, (0, 2), out=dsinks)
+
+
+def _options(problem: Any) -> tuple[float, int, int]:
+    return problem.softmax_scale, problem.window_left, problem.window_right
+
+
 def _randn(problem: Any, out: Tensor, seeds: Tensor) -> None:
     _module().randn(out, seeds)
 
@@ -137,6 +231,11 @@ def _step(problem: Any, *tensors: Tensor | None) -> None:
 
 
 TABLE: Mapping[str, Implementation] = {
+    "attention": Implementation(
+        "cuda",
+        _attention_unsupported,
+        {"attention_forward": _attention_forward, "attention_backward": _attention_backward},
+    ),
     "add_layer_norm": Implementation(
         "cuda",
         _unsupported,
