@@ -6,6 +6,7 @@ before and `right` after them, whatever S is. It fetches those in one message fr
 owns some. The gradients of what was fetched go back the same way.
 """
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -34,6 +35,8 @@ class Halo(NamedTuple):
     receives: dict[int, range]
 
 
+@torch.compiler.disable
+@lru_cache
 def halo_of(seqlens: tuple[int, ...], rank: int, left: int, right: int) -> Halo:
     """seqlens: how many positions each rank owns; left, right: how far a query sees."""
     ends = list(accumulate(seqlens))
