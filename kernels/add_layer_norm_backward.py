@@ -351,9 +351,8 @@ def _wide_backward(
     summed: Tensor,
     weight: Tensor | None,
 ) -> None:
-    # Each a tensor of its own, so that its address is aligned.
     mean = torch.empty(problem.rows, dtype=torch.float32, device=dx.device)
-    rstd = torch.empty_like(mean)
+    rstd = torch.empty_like(mean)  # of its own, so that its address is aligned
     _launch_wide_statistics((problem,), mean, rstd, summed)
     _launch_wide_dx((problem,), dx, dnormed, dsummed, summed, mean, rstd, weight)
     if dweight_partial is not None or dbias_partial is not None:
