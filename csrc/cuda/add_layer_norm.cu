@@ -52,7 +52,7 @@ struct Forward {
 template <typename X, typename R, int kVectors>
 __global__ void __launch_bounds__(most_threads<X>(kVectors, kMostThreads), 1)
     forward_kernel(const __grid_constant__ Forward<X, R> forward) {
-  const Owner<X> owner(forward.layout);
+  Owner<X> owner(forward.layout);
   const int64_t n = forward.layout.n;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * forward.layout.rows_per_block + owner.row_in_block;
   const bool is_there = row < forward.layout.rows;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(most_threads<X>(kVectors, kMostThreads), 1)
 template <typename X, typename R>
 __global__ void __launch_bounds__(kMostThreads, 1)
     long_forward_kernel(const __grid_constant__ Forward<X, R> forward) {
-  const Owner<X> owner(forward.layout);
+  Owner<X> owner(forward.layout);
   const int64_t n = forward.layout.n, row = blockIdx.x;
   const int step = owner.threads * kPerVector<X>;
   const R* const summed = forward.summed + row * n;
@@ -142,7 +142,7 @@ template <typename X, typename R>
 __global__ void __launch_bounds__(kMostThreads, 1)
     dropout_backward_kernel(X* dx, const R* dresidual, const __grid_constant__ Dropout dropout,
                             const __grid_constant__ Layout layout) {
-  const Owner<X> owner(layout);
+  Owner<X> owner(layout);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * layout.rows_per_block + owner.row_in_block;
   if (row >= layout.rows) return;
   for (int64_t column = owner.first; column < layout.n; column += owner.threads * kPerVector<X>) {
@@ -179,7 +179,7 @@ bool add_layer_norm_forward(const Tensor& normed, const Tensor& summed, const Te
     const Forward<X, R> forward = {normed.data<X>(), summed.data<R>(), x.data<const X>(), residual.data<const R>(),
                                    Parameter<X>(weight), Parameter<X>(bias), Dropout(seed, dropout_p),
                                    x_stride, residual_stride, static_cast<float>(eps), rms, layout};
-    const size_t bytes = layout.shared_bytes<1>();
+    const size_t bytes = layout.shared_bytes();
     if (is_long<X>(layout)) {
       stream.launch(long_forward_kernel<X, R>, grid_of(layout), layout.block(), bytes, forward);
     } else {

@@ -15,6 +15,7 @@ namespace leedl::add_layer_norm {
 
 constexpr int kMostNumbers = 16;  // of a row that a thread keeps in registers
 constexpr int kThreadsForShortRows = 128;
+constexpr int kMostSums = 2;  // over a row at once
 
 // Vectors of X that a thread owns at most.
 template <typename X>
@@ -31,11 +32,8 @@ struct Layout {
   bool is_aligned;
 
   int block() const { return threads * rows_per_block; }
-  // Of the sums of kSums numbers over a row.
-  template <int kSums>
-  size_t shared_bytes() const {
-    return block() / kWarpSize * sizeof(float[kSums]);
-  }
+  // Of the sums over a row, two places for each warp.
+  size_t shared_bytes() const { return block() / kWarpSize * 2 * sizeof(float[kMostSums]); }
 };
 
 inline int power_of_two_from(int64_t n) {
@@ -76,7 +74,7 @@ template <typename X>
 struct Owner {
   int64_t n;
   int threads, row_in_block, first;
-  bool is_aligned;
+  bool is_aligned, takes_second_place = false;
 
   __device__ explicit Owner(const Layout& layout)
       : n(layout.n), threads(layout.threads), is_aligned(layout.is_aligned) {
@@ -99,11 +97,14 @@ struct Owner {
 
   // Sums over a row, for each of its threads; the whole block calls it.
   template <int kSums>
-  __device__ void sum(float (&values)[kSums]) const {
+  __device__ void sum(float (&values)[kSums]) {
+    static_assert(kSums <= kMostSums);
     if (threads <= kWarpSize) {
       sum_over_lanes(values, threads);
     } else {
-      sum_over_block(values, shared_memory<float[kSums]>());
+      float* const place = shared_memory<float>() + (takes_second_place ? threads / kWarpSize * kMostSums : 0);
+      sum_over_block(values, reinterpret_cast<float(*)[kSums]>(place));
+      takes_second_place = !takes_second_place;
     }
   }
 };

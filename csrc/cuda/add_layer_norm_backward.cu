@@ -44,7 +44,7 @@ template <typename X, typename R, int kVectors>
 __global__ void __launch_bounds__(most_threads<X>(kVectors, kMostThreads), 1)
     backward_kernel(const __grid_constant__ Backward<X, R> backward) {
   constexpr int kCount = kPerVector<X>;
-  const Owner<X> owner(backward.layout);
+  Owner<X> owner(backward.layout);
   const int64_t n = backward.layout.n;
   const int rows_together = backward.layout.rows_per_block;
   const int64_t begin = blockIdx.x * backward.rows_per_part;
@@ -155,7 +155,7 @@ template <typename X, typename R>
 __global__ void __launch_bounds__(kMostThreads, 1)
     long_backward_kernel(const __grid_constant__ Backward<X, R> backward) {
   constexpr int kCount = kPerVector<X>;
-  const Owner<X> owner(backward.layout);
+  Owner<X> owner(backward.layout);
   const int64_t n = backward.layout.n;
   const int step = owner.threads * kCount;
   const int64_t begin = blockIdx.x * backward.rows_per_part;
@@ -270,7 +270,7 @@ void add_layer_norm_backward(const Tensor& dresidual, const Tensor& dweight, con
                                      dnormed.data<const X>(), dsummed.data<const R>(), summed.data<const R>(),
                                      Parameter<X>(weight), groups * layout.rows_per_block, static_cast<float>(eps), rms,
                                      layout};
-    size_t bytes = layout.shared_bytes<2>();
+    size_t bytes = layout.shared_bytes();
     if (is_long<X>(layout)) {
       stream.launch(long_backward_kernel<X, R>, grid_size(parts), layout.block(), bytes, backward);
     } else {

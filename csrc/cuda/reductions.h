@@ -18,8 +18,8 @@ __device__ __forceinline__ void sum_over_lanes(T (&values)[kSums], int lanes = k
   }
 }
 
-// Of a block of whole warps, one-dimensional; the whole block calls it. `shared` has a place for each warp, all of which
-// may be written again as soon as it returns.
+// Of a block of whole warps, one-dimensional; the whole block calls it. `shared` has a place for each warp, which is read
+// until the block's next barrier: the next sum needs other places, the one after it may have these again.
 template <int kSums, typename T>
 __device__ __forceinline__ void sum_over_block(T (&values)[kSums], T (*shared)[kSums]) {
   sum_over_lanes(values);
@@ -35,7 +35,6 @@ __device__ __forceinline__ void sum_over_block(T (&values)[kSums], T (*shared)[k
 #pragma unroll
     for (int i = 0; i < kSums; ++i) values[i] += shared[warp][i];
   }
-  __syncthreads();
 }
 
 }  // namespace leedl

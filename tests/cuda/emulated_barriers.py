@@ -58,6 +58,13 @@ def test_writing_too_early_gives_other_numbers() -> None:
     assert not any(torch.equal(out, expected) for out in results)
 
 
+def test_a_place_that_is_taken_too_early() -> None:
+    """By the next sum over the block, while some threads still read the last one there."""
+    expected = torch.arange(96.0).sum().expand(96)
+    results = [_run("sum-in-one-place", seed)[1] for seed in SEEDS]
+    assert not all(torch.equal(out, expected) for out in results)
+
+
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [

@@ -31,10 +31,16 @@ __global__ void shift_twice(float* out, bool waits) {
   out[threadIdx.x] = value;
 }
 
-__global__ void sum(float* out) {
-  float values[1] = {out[threadIdx.x]};
-  leedl::sum_over_block(values, shared_memory<float[1]>());
-  out[threadIdx.x] = values[0];
+// The sum of what the block's threads have, minus itself, plus itself.
+__global__ void sum_thrice(float* out, int places) {
+  float total = 0;
+  for (int i = 0; i < 3; ++i) {
+    float values[1] = {i == 1 ? -out[threadIdx.x] : out[threadIdx.x]};
+    const int place = i % places * (blockDim.x / leedl::kWarpSize);
+    leedl::sum_over_block(values, shared_memory<float[1]>() + place);
+    total += values[0];
+  }
+  out[threadIdx.x] = total;
 }
 
 __global__ void wait_in_half_of_a_warp(float*) {
@@ -86,7 +92,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
     if (is("reverse-without-waiting")) launch(reverse, threads, bytes, out, false);
     if (is("shift-twice")) launch(shift_twice, threads, bytes, out, true);
     if (is("shift-twice-without-waiting")) launch(shift_twice, threads, bytes, out, false);
-    if (is("sum")) launch(sum, threads, bytes, out);
+    if (is("sum")) launch(sum_thrice, threads, bytes, out, 2);
+    if (is("sum-in-one-place")) launch(sum_thrice, threads, bytes, out, 1);
     if (is("half-of-a-warp")) launch(wait_in_half_of_a_warp, threads, bytes, out);
     if (is("different-instructions")) launch(wait_at_different_instructions, threads, bytes, out);
     if (is("one-warp")) launch(wait_in_one_warp, threads, bytes, out);

@@ -52,7 +52,9 @@ struct Fiber {
 
 struct Block {
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<int> ready;
+  std::vector<std::vector<int>> ready;  // of each warp
+  std::vector<int> warps;               // in the order in which they race
+  bool is_race;
   int size, live, at_barrier;
   std::vector<std::unique_ptr<Exchange>> exchanges;
 };
@@ -102,7 +104,23 @@ Fiber& fiber_at(int i) {
 
 void make_ready(int i) {
   block.fibers[i]->state = State::kReady;
-  block.ready.push_back(i);
+  block.ready[i / kWarpSize].push_back(i);
+}
+
+// The next thread to run, or -1. In one half of the blocks the warps keep abreast; in the other half some run as far
+// ahead as they can, until the order is drawn again.
+int take_ready() {
+  constexpr int kStepsOfAnOrder = 256;  // on average
+  if (!block.is_race || orders() % kStepsOfAnOrder == 0) std::shuffle(block.warps.begin(), block.warps.end(), orders);
+  for (const int warp : block.warps) {
+    std::vector<int>& ready = block.ready[warp];
+    if (ready.empty()) continue;
+    std::swap(ready[orders() % ready.size()], ready.back());
+    const int i = ready.back();
+    ready.pop_back();
+    return i;
+  }
+  return -1;
 }
 
 // As on the device, threads that have ended are not waited for.
@@ -155,12 +173,14 @@ void complete_exchange(int first_of_warp, const Fiber& fiber) {
 void run_block() {
   block.live = block.size;
   block.at_barrier = 0;
-  block.ready.resize(block.size);
-  std::iota(block.ready.begin(), block.ready.end(), 0);
-  while (!block.ready.empty()) {
-    std::swap(block.ready[orders() % block.ready.size()], block.ready.back());
-    const int i = block.ready.back();
-    block.ready.pop_back();
+  block.is_race = orders() % 2 == 0;
+  const int warps = (block.size + kWarpSize - 1) / kWarpSize;
+  block.ready.assign(warps, {});
+  block.warps.resize(warps);
+  std::iota(block.warps.begin(), block.warps.end(), 0);
+  std::shuffle(block.warps.begin(), block.warps.end(), orders);
+  for (int i = 0; i < block.size; ++i) make_ready(i);
+  for (int i = take_ready(); i >= 0; i = take_ready()) {
     Fiber& fiber = *block.fibers[i];
     lane = i % kWarpSize;
     resume(&fiber);
@@ -205,7 +225,6 @@ void run_grid(Index grid, Index block_shape, size_t shared_bytes, const std::fun
                      static_cast<unsigned>(number / grid.x / grid.y)};
       for (int i = 0; i < block.size; ++i) {
         Fiber& fiber = fiber_at(i);
-        fiber.state = State::kReady;
         fiber.index = {i % block_shape.x, i / block_shape.x % block_shape.y, i / block_shape.x / block_shape.y};
       }
       // As long as the launch asked for, so that a sanitizer sees what goes beyond.

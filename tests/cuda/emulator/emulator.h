@@ -1,5 +1,5 @@
 // Runs a kernel's threads as fibers of one thread of the host: blocks one after another, and the threads of a block in
-// a random order, each as far as its next barrier or exchange.
+// a random order, each as far as its next barrier or exchange; in every other block some warps run far ahead of others.
 //
 // A thread that reads shared memory too early finds NaN there, and one that writes too early changes what others are
 // yet to read. What no order of threads can bring on is reported: barriers that not all threads reach, and lanes that
