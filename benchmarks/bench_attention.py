@@ -125,6 +125,7 @@ def cases(settings: Settings) -> list[AttentionCase]:
             AttentionCase(**small, window=8, **BACKWARD, peers=(EAGER, SDPA_MASK)),
             AttentionCase(**small, causal=True, bars={SDPA: 1.3}),
             AttentionCase(**small, queries=1, peers=(SDPA,)),
+            AttentionCase(**(small | {"num_heads_k": 1}), queries=1, peers=(SDPA,)),
         ]
     main = [
         AttentionCase(
@@ -149,6 +150,10 @@ def cases(settings: Settings) -> list[AttentionCase]:
                 peers=(SDPA,),
             )
             for head_dim in (64, 128)
+        ),
+        *(
+            AttentionCase(seqlen=8192, queries=1, num_heads=64, dtype=dtype, peers=(SDPA,))
+            for dtype in (torch.float32, torch.bfloat16)
         ),
         *(
             AttentionCase(

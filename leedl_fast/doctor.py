@@ -23,7 +23,13 @@ def processor() -> str:
 
 
 def report(console: Console | None = None) -> bool:
-    """Print the backends, each with its state; True when the compiled CPU backend runs."""
+    """Print the backends, each with its state; True when the compiled CPU backend runs.
+
+    Raises:
+        ValueError, NotImplementedError: an environment variable asks for what is not there.
+    """
+    if config.BACKEND is not None:
+        backends.check_name(config.BACKEND, "LEEDL_FAST_BACKEND")
     console = console or Console()
     console.print(
         f"leedl_fast {leedl_fast.__version__}, torch {torch.__version__}, "

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import leedl_fast
-from leedl_fast import files
+from leedl_fast import config, files
 from leedl_fast.backends import cpu_modules
 from leedl_fast.cli import app
 from leedl_fast.data.fetch import data_folder
@@ -113,6 +113,18 @@ def test_doctor(monkeypatch):
     for isa, module in cpu_modules.modules().items():
         line = next(line for line in result.stdout.splitlines() if f"cpu ({isa})" in line)
         assert f"bfloat16 attention on {module.bfloat16_products()}" in line
+
+
+def test_doctor_refuses_what_the_environment_asks_for_in_vain(monkeypatch):
+    monkeypatch.setattr(config, "BACKEND", "tpu")
+    assert_refused(run("doctor"), "LEEDL_FAST_BACKEND must be one of ('cpu', 'triton', 'eager')")
+    monkeypatch.setattr(config, "BACKEND", None)
+    monkeypatch.setattr(config, "CPU_ISA", "avx512")
+    baseline = {"baseline": cpu_modules.modules()["baseline"]}
+    monkeypatch.setattr(cpu_modules, "modules", lambda: baseline)
+    monkeypatch.setattr(cpu_modules, "reasons", lambda: dict.fromkeys(("avx512", "avx2"), "none"))
+    monkeypatch.setattr(cpu_modules, "_default_isa", cpu_modules._default_isa.__wrapped__)
+    assert_refused(run("doctor"), "LEEDL_FAST_CPU=avx512 cannot run here: none")
 
 
 def test_a_terminal_shows_one_bar_for_the_whole_run(tmp_path):

@@ -48,9 +48,9 @@ _EAGER_TABLE = dict.fromkeys(
 )
 
 
-def check_name(backend: str) -> None:
+def check_name(backend: str, name: str = "backend") -> None:
     if backend not in names():
-        raise ValueError(f"backend must be one of {names()}, got {backend!r}")
+        raise ValueError(f"{name} must be one of {names()}, got {backend!r}")
 
 
 def requested(backend: str | None) -> str | None:

@@ -93,7 +93,7 @@ def _check_isa(name: str, isa: str) -> None:
     if isa not in ISAS:
         raise ValueError(f"{name} must be one of {ISAS}, got {isa!r}")
     if isa not in modules():
-        raise RuntimeError(f"{name}={isa} cannot run here: {reasons()[isa]}")
+        raise NotImplementedError(f"{name}={isa} cannot run here: {reasons()[isa]}")
 
 
 class _EntryPoints:
