@@ -151,7 +151,7 @@ def train(
                 enable_model_summary=False,
                 enable_progress_bar=False,
             )
-        except MisconfigurationException as error:
+        except (MisconfigurationException, TypeError) as error:  # the latter for devices=-1
             raise ValueError(
                 f"accelerator, devices and strategy must be what Lightning finds here, got "
                 f"{accelerator!r}, {devices} and {strategy!r}: {error}"

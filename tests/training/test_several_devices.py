@@ -168,6 +168,7 @@ def test_two_optimizers_take_turns_on_two_processes(tmp_path):
     [
         ("gpt", {"strategy": "deepspeed"}, "strategy must be one of auto, ddp, fsdp, got 'deepsp"),
         ("gpt", {"devices": 0}, r"accelerator, devices and .* got 'auto', 0 and 'auto'"),
+        ("gpt", {"devices": -1}, r"accelerator, devices and .* got 'auto', -1 and 'auto'"),
         ("gpt", {"devices": 0, "strategy": "fsdp"}, r"accelerator, devices and .* 0 and 'fsdp'"),
         ("vqvae", {"strategy": "fsdp"}, "must be auto or ddp for vqvae, whose codebook .* 'fsdp'"),
     ],
