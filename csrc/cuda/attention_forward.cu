@@ -16,7 +16,8 @@ template <int kDim>
 struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;  // as many sums as registers hold
-  static constexpr int kBlockM = 16 * kRowTiles * kWarps, kBlockN = 64;
+  static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  static constexpr int kBlockN = kDim == 128 ? 32 : 64;  // as many scores
 };
 
 template <typename T, int kDim>

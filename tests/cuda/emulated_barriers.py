@@ -33,6 +33,7 @@ def _run(kernel: str, seed: int = 0, threads: int = 96) -> tuple[str, Tensor]:
     ("kernel", "expected"),
     [
         ("reverse", torch.arange(96.0).flip(0)),
+        ("reverse-copies", torch.arange(96.0).flip(0)),
         ("shift-twice", torch.arange(96.0).roll(-2)),
         ("sum", torch.arange(96.0).sum().expand(96)),
         ("end-early", torch.cat((torch.ones(32), torch.arange(32.0, 96)))),
@@ -45,9 +46,10 @@ def test_kernels_that_wait(kernel: str, expected: Tensor) -> None:
         assert torch.equal(out, expected)
 
 
-def test_reading_too_early_gives_nan() -> None:
+@pytest.mark.parametrize("kernel", ["reverse", "reverse-copies"])
+def test_reading_too_early_gives_nan(kernel: str) -> None:
     for seed in SEEDS:
-        said, out = _run("reverse-without-waiting", seed)
+        said, out = _run(f"{kernel}-without-waiting", seed)
         assert not said
         assert out.isnan().any()
 

@@ -16,11 +16,11 @@ from leedl_fast.testing.compare import (
     outputs_and_gradients,
     poisoned_outputs,
 )
-from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
+from leedl_fast.testing.samples import CASES, Case
 
 use_emulator()
 
-TAKEN = [case for case in dict.fromkeys((*CASES, *ATTENTION_EXTRAS)) if case.op in cuda.TABLE]
+TAKEN = [case for case in CASES if case.op in cuda.TABLE and case.op != "attention"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,7 +28,7 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check(case: Case, dtype: torch.dtype) -> None:
+def check(case: Case, dtype: torch.dtype) -> None:
     expected = expected_outputs_and_gradients(case, dtype)
     plain = outputs_and_gradients(case, dtype, "eager")
     with poisoned_outputs() as ran:
@@ -48,7 +48,7 @@ def _check(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize("case", TAKEN, ids=str)
 def test_conformance(case: Case, dtype: torch.dtype) -> None:
-    _check(case, dtype)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
@@ -60,7 +60,7 @@ def test_rows_longer_than_the_registers(
     """In the backward pass alone, or in both; some parts of the last have several rows."""
     (case,) = (case for case in CASES if str(case) == f"add_layer_norm-{name}")
     shapes = {key: shape if len(old) > 1 else shape[-1:] for key, old in case.shapes.items()}
-    _check(replace(case, shapes=shapes), dtype)
+    check(replace(case, shapes=shapes), dtype)
 
 
 @pytest.mark.parametrize("n", [5, 40, 260, 1030])

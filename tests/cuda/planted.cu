@@ -4,6 +4,7 @@
 #include <string>
 
 #include "instructions.h"
+#include "matrix_instructions.h"
 #include "reductions.h"
 
 namespace {
@@ -28,6 +29,18 @@ __global__ void shift_twice(float* out, bool waits) {
     value = memory[(threadIdx.x + 1) % blockDim.x];
     if (waits) __syncthreads();
   }
+  out[threadIdx.x] = value;
+}
+
+// The same as `reverse`, by copies.
+__global__ void reverse_copies(float* out, bool waits) {
+  float* const memory = shared_memory<float>();
+  leedl::begin_copy_4(memory + threadIdx.x, out + threadIdx.x, 4);
+  if (waits) leedl::wait_for_copies();
+  __syncthreads();
+  const float value = memory[blockDim.x - 1 - threadIdx.x];
+  leedl::wait_for_copies();
+  __syncthreads();
   out[threadIdx.x] = value;
 }
 
@@ -90,6 +103,8 @@ extern "C" __attribute__((visibility("default"))) const char* run(const char* ke
   try {
     if (is("reverse")) launch(reverse, threads, bytes, out, true);
     if (is("reverse-without-waiting")) launch(reverse, threads, bytes, out, false);
+    if (is("reverse-copies")) launch(reverse_copies, threads, bytes, out, true);
+    if (is("reverse-copies-without-waiting")) launch(reverse_copies, threads, bytes, out, false);
     if (is("shift-twice")) launch(shift_twice, threads, bytes, out, true);
     if (is("shift-twice-without-waiting")) launch(shift_twice, threads, bytes, out, false);
     if (is("sum")) launch(sum_thrice, threads, bytes, out, 2);

@@ -14,6 +14,10 @@ from leedl_fast.backends import cuda
 
 TARGETS = ("sm_80", "sm_90", "sm_100")
 KERNELS = (
+    "attention_forward_kernel",
+    "attention_delta_kernel",
+    "attention_query_kernel",
+    "attention_key_value_kernel",
     "randn_kernel",
     "add_noise_kernel",
     "loss_kernel",

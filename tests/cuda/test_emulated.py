@@ -8,23 +8,24 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("emulated_barriers", "emulated_conformance")
+FILES = (("emulated_barriers",), ("emulated_conformance", "emulated_attention"))
 
 
-def _run_file(name: str, **environment: str) -> None:
+def _run_files(*names: str, **environment: str) -> None:
+    """In one process, which compiles the kernels once."""
     command = [sys.executable, "-m", "pytest", "--quiet", "--no-header", "-p", "no:cacheprovider"]
-    path = Path(__file__).with_name(f"{name}.py")
+    paths = [str(Path(__file__).with_name(f"{name}.py")) for name in names]
     result = subprocess.run(
-        [*command, str(path)], capture_output=True, text=True, env={**os.environ, **environment}
+        [*command, *paths], capture_output=True, text=True, env={**os.environ, **environment}
     )
     assert result.returncode == 0, (result.stdout + result.stderr)[-8000:]
     assert " passed" in result.stdout
 
 
 @pytest.mark.timeout(1500)  # minutes on a free core, but a test run may have little of one
-@pytest.mark.parametrize("name", FILES)
-def test_emulated(name: str) -> None:
-    _run_file(name)
+@pytest.mark.parametrize("names", FILES, ids="+".join)
+def test_emulated(names: tuple[str, ...]) -> None:
+    _run_files(*names)
 
 
 @pytest.mark.timeout(1500)
@@ -37,4 +38,4 @@ def test_bounds() -> None:
     if not Path(library).is_absolute():
         pytest.skip("this compiler has no AddressSanitizer")
     options = "detect_leaks=0:detect_stack_use_after_return=0"
-    _run_file("emulated_bounds", LD_PRELOAD=library, ASAN_OPTIONS=options)
+    _run_files("emulated_bounds", LD_PRELOAD=library, ASAN_OPTIONS=options)

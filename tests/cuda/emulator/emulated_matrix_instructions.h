@@ -20,6 +20,7 @@ struct Copy {
   void* to;
   const void* from;
   int size, bytes;
+  Index block;
 };
 
 // Of the thread that is running. None must be left when it ends.
@@ -37,7 +38,11 @@ inline void begin_copy(void* to, const void* from, int size, int bytes) {
   check_alignment(to, size);
   check_alignment(from, size);
   std::memset(to, 0xFF, size);
-  copies_begun().push_back({to, from, size, bytes});
+  std::vector<Copy>& copies = copies_begun();
+  if (!copies.empty() && std::memcmp(&copies[0].block, &block_index, sizeof(Index)) != 0) {
+    stop("a thread of an earlier block ended before its copies");
+  }
+  copies.push_back({to, from, size, bytes, block_index});
 }
 
 // What every lane says is the beginning of its row of eight numbers.
@@ -70,7 +75,7 @@ inline void begin_copy_16(void* to, const void* from, int bytes) { emulator::beg
 inline void begin_copy_4(void* to, const void* from, int bytes) { emulator::begin_copy(to, from, 4, bytes); }
 
 inline void wait_for_copies() {
-  for (const auto& [to, from, size, bytes] : emulator::copies_begun()) {
+  for (const auto& [to, from, size, bytes, block] : emulator::copies_begun()) {
     std::memset(to, 0, size);
     if (bytes > 0) std::memcpy(to, from, bytes);
   }
