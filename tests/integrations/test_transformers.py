@@ -1,5 +1,7 @@
 """Models of transformers with the attention implementation "leedl_fast"."""
 
+import copy
+import io
 from typing import Any
 
 import models
@@ -284,3 +286,41 @@ def test_the_backend_can_be_asked_for(backend: str) -> None:
     with use_backend(backend):
         actual = model(**batch_of("llama")).logits
     assert torch.allclose(actual, expected, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    gradients = []
+    plain = models.make("llama, grouped queries")
+    patched = copy.deepcopy(plain)
+    leedl_fast.patch(patched)
+    batch = batch_of("llama", PADDING["left"])
+    for model in (plain, patched):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+        gradients.append([x.grad for x in model.parameters()])
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*gradients, strict=True))
+
+
+def test_beam_search() -> None:
+    torch.manual_seed(0)
+    model, batch = models.make("mistral, a window"), batch_of("mistral", PADDING["left"])
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**batch, **options)
+    leedl_fast.patch(model)
+    assert torch.equal(model.generate(**batch, **options), expected)
+
+
+def test_a_patched_model_that_was_saved_whole_is_patched(attention_runs: list[Any]) -> None:
+    model, batch = models.make("bert"), batch_of("bert")
+    leedl_fast.patch(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    expected = model(**batch)[0]
+    for other in (torch.load(file, weights_only=False), copy.deepcopy(model)):
+        attention_runs.clear()
+        assert torch.equal(other(**batch)[0], expected)
+        assert attention_runs
