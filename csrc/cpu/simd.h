@@ -51,8 +51,6 @@ typedef float FloatLanes __attribute__((vector_size(kVectorBytes)));
 inline WordLanes words_of(HalfLanes bits) {
 #if defined(__AVX512F__)
   return reinterpret_cast<WordLanes>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(bits)));
-#elif defined(__AVX2__)
-  return reinterpret_cast<WordLanes>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(bits)));
 #else
   return __builtin_convertvector(bits, WordLanes);
 #endif
@@ -60,22 +58,39 @@ inline WordLanes words_of(HalfLanes bits) {
 inline HalfLanes halves_of(WordLanes words) {
 #if defined(__AVX512F__)
   return reinterpret_cast<HalfLanes>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(words)));
-#elif defined(__AVX2__)
-  const __m256i all = reinterpret_cast<__m256i>(words);
-  return reinterpret_cast<HalfLanes>(_mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
 #else
   return __builtin_convertvector(words, HalfLanes);
 #endif
 }
 
-inline FloatLanes widen(HalfLanes bits, BFloat16) { return reinterpret_cast<FloatLanes>(words_of(bits) << 16); }
+inline FloatLanes widen(HalfLanes bits, BFloat16) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // The load repeats the halves, so that one shuffle within its two parts puts each on top of its lane.
+  const __m256i twice = _mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(bits));
+  const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return reinterpret_cast<FloatLanes>(_mm256_shuffle_epi8(twice, order));
+#else
+  return reinterpret_cast<FloatLanes>(words_of(bits) << 16);
+#endif
+}
 
 // Rounds to nearest even, subnormal numbers too (which the processors' own instruction takes for 0).
 inline HalfLanes narrow(FloatLanes x, BFloat16) {
   typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
   const Words bits = reinterpret_cast<Words>(x), high = bits >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const Words rounded = bits + 0x7fff + (high & 1);
+  const __m256i words = reinterpret_cast<__m256i>(x == x ? rounded : bits | 0x400000);  // a NaN stays one
+  // Either part of the vector puts its upper halves where they belong.
+  const __m256i order = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         -1, -1, -1, -1, -1, -1, -1, -1, 2, 3, 6, 7, 10, 11, 14, 15);
+  const __m256i halves = _mm256_shuffle_epi8(words, order);
+  return reinterpret_cast<HalfLanes>(_mm_or_si128(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+#else
   const Words rounded = (bits + 0x7fff + (high & 1)) >> 16;
   return halves_of(reinterpret_cast<WordLanes>(x == x ? rounded : high | 0x40));  // a NaN stays one
+#endif
 }
 
 #if defined(__AVX512F__)
