@@ -47,7 +47,7 @@ struct VectorProducts {
   using T = typename Operand<E>::Sum;
   static constexpr bool kOnAmx = false;
   static constexpr int64_t kLanes = Vec<T>::kSize;
-  static constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 96;
+  static constexpr int64_t kBlockClasses = kTileRows == 14 ? 112 : 102;
   static constexpr int64_t kStripRows = kTileRows;  // of the left operand that meet the right one together
   static_assert(kBlockClasses % kStripRows == 0);
 
