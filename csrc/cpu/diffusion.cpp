@@ -19,8 +19,9 @@
 namespace leedl {
 namespace {
 
-constexpr int64_t kChunk = 1024;
-constexpr int64_t kBlock = 8 * kChunk;
+// Short chunks where one takes long: while the noise of the next is made, the stores of the last are on their way.
+constexpr int64_t kChunk = kVectorRegisters == 32 ? 1024 : 384;
+constexpr int64_t kBlock = (kVectorRegisters == 32 ? 8 : 24) * kChunk;
 constexpr int64_t kSerialElements = 16384;  // fewer are done before a second thread has woken up
 
 static_assert(kChunk % NormalGenerator::kGroup == 0);
