@@ -1,14 +1,17 @@
-// Attention, forward, for few queries: all queries that share a key head make one strip of at most kTileRows rows, as
-// when a model generates text.
+// Attention, forward, for few queries, as when a model generates text: all queries that share a key head make one strip
+// of at most kTileRows rows, or a few strips.
 //
-// A task owns one split of the keys of one key head: it reads the split's keys and values once and leaves a maximum, a
-// sum and an output per row. Splits are combined in their order ("split-KV", Dao et al. 2023, Flash-Decoding). Where
+// A task owns one split of the keys of one key head: it reads the split's keys and values from memory once, for the
+// strips after the first from the cache, and leaves a maximum, a sum and an output per row. Splits are combined in their order ("split-KV", Dao et al. 2023, Flash-Decoding). Where
 // they lie depends on nothing but the position of a key.
 #include "attention_decode_pairs.h"
 #include "attention_output.h"
 
 namespace leedl {
 namespace {
+
+// Otherwise every query head transposes the keys for itself, which costs as much as two strips of its own.
+constexpr int64_t kMostStrips = 8;
 
 // The products that were chosen for the rows and their operands: what calls them is compiled once.
 template <typename T>
@@ -104,25 +107,37 @@ class DecodeTask {
         products_(products),
         scratch_(memory, sizes_, products) {}
 
-  // The keys [begin, end) of one split; parts: of the split's rows.
+  // The keys [begin, end) of one split; part: of the split's rows.
   void run(const Sample& sample, int64_t head_k, int64_t begin, int64_t end, const Part<A>& part, int64_t pitch) {
-    const int64_t seqlen_q = sizes_.seqlen_q, rows = sizes_.group() * seqlen_q, first_head = head_k * sizes_.group();
+    const int64_t rows = sizes_.group() * sizes_.seqlen_q;
+    for (int64_t row = 0; row < rows; row += products_.rows) {
+      const Part<A> strip = {part.out + row * pitch, part.row_max + row, part.row_sum + row};
+      run_strip(sample, head_k, row, std::min(rows - row, products_.rows), begin, end, strip, pitch);
+    }
+  }
+
+ private:
+  // The rows [first, first + rows) of those that share the key head.
+  void run_strip(const Sample& sample, int64_t head_k, int64_t first, int64_t rows, int64_t begin, int64_t end,
+                 const Part<A>& part, int64_t pitch) {
+    const int64_t seqlen_q = sizes_.seqlen_q, first_head = head_k * sizes_.group();
+    const auto head = [&](int64_t row) { return first_head + (first + row) / seqlen_q; };
+    const auto query = [&](int64_t row) { return (first + row) % seqlen_q; };
     for (int64_t row = 0; row < products_.rows; ++row) {
-      const T* query = row < rows ? args_.q.query(sample, first_head + row / seqlen_q, row % seqlen_q) : nullptr;
-      products_.pack_query(scratch_.operands, sizes_, query, scores_.scale().sign, row);
+      const T* const from = row < rows ? args_.q.query(sample, head(row), query(row)) : nullptr;
+      products_.pack_query(scratch_.operands, sizes_, from, scores_.scale().sign, row);
     }
     const int64_t origin = round_down(begin, Vec<A>::kSize);
     products_.multiply(scratch_.operands, sizes_, score_runs(seqlen_q), args_.k.key(sample, head_k, origin),
                        args_.k.seq_stride, end - origin, scratch_.scores);
     for (int64_t row = 0; row < rows; ++row) {
-      make_probabilities(scores_, sample, first_head + row / seqlen_q, row % seqlen_q, origin, begin, end,
+      make_probabilities(scores_, sample, head(row), query(row), origin, begin, end,
                          scratch_.scores + row * kSplitPitch, scratch_.factors, part.row_max[row], part.row_sum[row]);
     }
     products_.add(scratch_.operands, sizes_, scratch_.scores + begin - origin, args_.v.key(sample, head_k, begin),
                   args_.v.seq_stride, end - begin, part.out, pitch);
   }
 
- private:
   const AttentionForward<T>& args_;
   const AttentionSizes& sizes_;
   const Scores<T>& scores_;
@@ -179,12 +194,13 @@ void decode(const AttentionForward<T>& args, const ProductTable<T>& products) {
     const auto [first, end] = split_range(args.options.sample(b));
     first_part[b + 1] = first_part[b] + end - first;
   }
-  const int64_t tasks = first_part[s.batch] * s.num_heads_k, part_size = products.rows * (pitch + 2);
+  const int64_t rows = round_up(s.group() * s.seqlen_q, products.rows);
+  const int64_t tasks = first_part[s.batch] * s.num_heads_k, part_size = rows * (pitch + 2);
   const Buffer<A> memory = allocate<A>(tasks * part_size);
   std::vector<Part<A>> parts(tasks);
   for (int64_t task = 0; task < tasks; ++task) {
     A* out = memory.get() + task * part_size;
-    parts[task] = {out, out + products.rows * pitch, out + products.rows * (pitch + 1)};
+    parts[task] = {out, out + rows * pitch, out + rows * (pitch + 1)};
   }
   const int64_t most = std::max<int64_t>(tasks, 1);
   const int threads = static_cast<int>(std::min<int64_t>(std::max(args.options.num_threads, 1), most));
@@ -234,19 +250,22 @@ ProductTable<T> products_of() {
 
 bool attention_decodes(const AttentionOptions& options) {
   const AttentionSizes& s = options.sizes;
-  return !options.packed() && s.num_heads_k > 0 && s.group() * s.seqlen_q <= kTileRows;
+  if (options.packed() || s.num_heads_k == 0) return false;
+  const int64_t strips = divide_up(s.group() * s.seqlen_q, kTileRows);
+  return strips <= 1 || strips <= std::min(s.group() / 2, kMostStrips);
 }
 
 template <typename T>
 void attention_decode(const AttentionForward<T>& args) {
   const int64_t rows = args.options.sizes.group() * args.options.sizes.seqlen_q;
   if (rows == 0 || args.options.sizes.batch == 0) return;
+  const int64_t strip = divide_up(rows, divide_up(rows, kTileRows));  // as many rows in each of as few as there can be
   dispatch_operand<T>([&](auto tag) {
     using E = typename decltype(tag)::Type;
-    if (rows == 1) return decode(args, products_of<T, E, 1>());
-    if (rows == 2) return decode(args, products_of<T, E, 2>());
-    if (rows <= 4) return decode(args, products_of<T, E, 4>());
-    if (rows <= 8 && kTileRows > 8) return decode(args, products_of<T, E, 8>());
+    if (strip == 1) return decode(args, products_of<T, E, 1>());
+    if (strip == 2) return decode(args, products_of<T, E, 2>());
+    if (strip <= 4) return decode(args, products_of<T, E, 4>());
+    if (strip <= 8 && kTileRows > 8) return decode(args, products_of<T, E, 8>());
     decode(args, products_of<T, E, kTileRows>());
   });
 }

@@ -24,6 +24,7 @@ constexpr int64_t kTileRows = kVectorRegisters == 32 ? 14 : 6;
 // The longest sum of products in one accumulator where there is no fma.
 constexpr int64_t kTileRun = 32;
 
+constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 constexpr int64_t round_down(int64_t x, int64_t multiple) { return x / multiple * multiple; }
 

@@ -17,8 +17,6 @@ constexpr int64_t kDepth = 256;
 constexpr int64_t kPitch = kDepth + 16;  // of packed weights: an odd number of cache lines, to spread over the sets
 static_assert(kChunkRows % kTileRows == 0 && kChunkRows % (kVectorBytes / 4) == 0 && kChunkRows % 2 == 0);
 
-constexpr int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
 // Calls body(height) with the lowest tile of at least `rows` rows: rows that are missing cost as much as others.
 template <typename Body>
 inline void with_tile_height(int64_t rows, const Body& body) {
