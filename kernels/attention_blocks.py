@@ -104,6 +104,7 @@ _BLOCKS = {
 }
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """The column of the table; the interpreter takes any."""
     if torch.version.hip is not None:
@@ -122,17 +123,21 @@ def key_of(kernel: str, problem: Any) -> Key:
     return Key(kernel, problem.dtype.itemsize, head_dim, is_narrow)
 
 
+def _first(table: dict[Key, Any], keys: Sequence[Key]) -> Any:
+    for key in keys:
+        if key in table:
+            return table[key]
+    return None
+
+
 def blocks_for(kernel: str, problem: Any) -> Blocks:
     """kernel: of KERNELS. Bias, softcap and dropout need registers: smaller steps leave them."""
     key = key_of(kernel, problem)
+    keys = (key, key._replace(narrow=False)) if key.narrow else (key,)
     measured = tuned(problem.device) if problem.device.type == "cuda" else {}
-    for blocks in (measured.get(key), measured.get(key._replace(narrow=False))):
-        if blocks is not None:
-            break
-    else:
-        row = _BLOCKS.get(key) or _BLOCKS[key._replace(narrow=False)]
-        blocks = row[architecture(problem.device)]
-    blocks = blocks._replace(**_changes.get(kernel, {}))
+    blocks = _first(measured, keys) or _first(_BLOCKS, keys)[architecture(problem.device)]
+    if kernel in _changes:
+        blocks = blocks._replace(**_changes[kernel])
     needs_registers = problem.bias_shape is not None or problem.softcap is not None
     if needs_registers or problem.dropout_p > 0:
         blocks = blocks._replace(step=max(blocks.step // 2, 16))
