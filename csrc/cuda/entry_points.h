@@ -3,11 +3,12 @@
 // something else is said.
 #pragma once
 
+#include "tensors.h"  // Python.h, which must come first
+
 #include <array>
 #include <cstdint>
+#include <string>
 #include <tuple>
-
-#include "tensors.h"
 
 namespace leedl {
 
@@ -17,6 +18,9 @@ using AttentionOptions = std::tuple<double, int64_t, int64_t>;  // softmax_scale
 }  // namespace leedl
 
 namespace leedl::entry_points {
+
+// What the driver says where it cannot run these kernels, or nothing.
+std::string driver_error();
 
 // False, and nothing is done, where weight or bias is not contiguous or x or residual has no one row stride. The other
 // tensors are contiguous.

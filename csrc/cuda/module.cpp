@@ -10,6 +10,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.doc() = "CUDA kernels of leedl_fast. Outputs are filled, never allocated; nothing is checked here.";
 
   namespace entry_points = leedl::entry_points;
+  m.def("driver_error", &entry_points::driver_error);
   m.def("add_layer_norm_forward", &entry_points::add_layer_norm_forward);
   m.def("add_layer_norm_dropout_backward", &entry_points::add_layer_norm_dropout_backward);
   m.def("add_layer_norm_backward", &entry_points::add_layer_norm_backward);

@@ -12,10 +12,14 @@
 
 namespace leedl {
 
+inline std::string error_text(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
+
 inline void check(cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // else the next one who asks is told of this error
-  throw std::runtime_error(std::string("CUDA says ") + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+  throw std::runtime_error("CUDA says " + error_text(error));
 }
 
 template <typename Integer>

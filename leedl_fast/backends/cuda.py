@@ -45,12 +45,20 @@ def _module() -> Any:
     return _load()
 
 
+@cache
+def _driver_error() -> str:
+    """Of a driver that is older than the toolkit that built the module, for example."""
+    return _module().driver_error()
+
+
 def unsupported_device(device: torch.device) -> str | None:
     """Why the kernels cannot run on this device, or None."""
     if device.type != "cuda":
         return f"the tensors are on {device}"
     if torch.version.hip is not None:
         return "torch was built for AMD's GPUs"
+    if error := _driver_error():
+        return f"CUDA says {error}"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
         return f"needs compute capability {MIN_CAPABILITY}, got {capability}"

@@ -1,5 +1,6 @@
 """What the CUDA backend says where it cannot run."""
 
+import re
 import shutil
 import sys
 
@@ -42,6 +43,8 @@ def test_without_a_gpu_a_launch_says_so() -> None:
     out, seeds = torch.empty(2, 3), torch.tensor([1, 2])
     with pytest.raises(RuntimeError, match=r"CUDA says cudaError(InsufficientDriver|NoDevice)"):
         cuda._module().randn(out, seeds)
+    reason = cuda.unsupported_device(torch.device("cuda"))
+    assert re.match("CUDA says cudaError(InsufficientDriver|NoDevice): ", reason or "")
 
 
 def _problem(**changes: object) -> Problem:
