@@ -12,24 +12,20 @@
 namespace leedl {
 namespace {
 
-// Loops over `steps` tiles, `first` and those that follow: begin(tile, stage) begins to copy one, use(tile, stage) works
-// on it. Where there are two stages one tile is on its way while another is worked on.
-template <int kStages, typename Position, typename Following, typename Begin, typename Use>
+// Loops over `steps` tiles, `first` and those that follow: begin(tile, stage) begins to copy one to one of two stages,
+// while use(tile, stage) works on the other.
+template <typename Position, typename Following, typename Begin, typename Use>
 __device__ __forceinline__ void for_each_tile(int steps, Position first, const Following& following, const Begin& begin,
                                               const Use& use) {
-  if (steps > 0) begin(first, steps % kStages);
+  if (steps > 0) begin(first, steps % 2);
   Position tile = first;
 #pragma unroll 1
   for (int left = steps; left > 0; --left) {
     wait_for_copies();
     __syncthreads();  // the tile is there, and nobody reads the one before
-    if (kStages > 1 && left > 1) begin(following(tile), (left - 1) % kStages);
-    use(tile, left % kStages);
+    if (left > 1) begin(following(tile), (left - 1) % 2);
+    use(tile, left % 2);
     tile = following(tile);
-    if (kStages == 1 && left > 1) {
-      __syncthreads();
-      begin(tile, 0);
-    }
   }
 }
 
@@ -46,7 +42,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
                                const Heads<const T> q, const Heads<const T> k, const Heads<const T> v,
                                bool is_aligned) {
   using Shape = BackwardShape<kDim>;
-  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages;
+  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   constexpr int kOwn = Shape::kOwn, kStep = Shape::kStep;
   const Place place = place_of<true, kOwn>(call, blockIdx.x);
   const Window& window = place.window;
@@ -61,7 +57,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
   T* const stages = v_tile.data + kOwn * kDim;
   const auto q_tile = [&](int stage) { return Tile<T, kDim>{stages + 2 * stage * kStep * kDim}; };
   const auto dout_tile = [&](int stage) { return Tile<T, kDim>{stages + (2 * stage + 1) * kStep * kDim}; };
-  float* const all_columns = reinterpret_cast<float*>(stages + 2 * kStages * kStep * kDim);
+  float* const all_columns = reinterpret_cast<float*>(stages + 2 * 2 * kStep * kDim);
   const auto columns = [&](int stage) { return ColumnStatistics<kStep>{all_columns + 3 * stage * kStep}; };
 
   const Lane l;
@@ -108,7 +104,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
     make_score_gradients<kRowTiles, kStep>(ds, p, columns(stage), l);
     add_weighted_rows<kRowTiles, kStep>(dk_sums, ds, q_tile(stage), l);
   };
-  for_each_tile<kStages>(steps, QueryTile{tiles.begin, first_head}, following, begin, use);
+  for_each_tile(steps, QueryTile{tiles.begin, first_head}, following, begin, use);
   T* const to_dk = dk.row(place.batch, place.head, place.first_key + first_key);
   T* const to_dv = dv.row(place.batch, place.head, place.first_key + first_key);
   store_rows<kRowTiles>(dk_sums, [&](int, int) { return call.softmax_scale; }, k_tile, first_row, to_dk, dk.stride_m,
@@ -124,7 +120,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
                            const Heads<T> dq, const Heads<const T> dout, const Heads<const T> q,
                            const Heads<const T> k, const Heads<const T> v, bool is_aligned) {
   using Shape = BackwardShape<kDim>;
-  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStages = Shape::kStages;
+  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   constexpr int kOwn = Shape::kOwn, kStep = Shape::kStep;
   const Place place = place_of<false, kOwn>(call, blockIdx.x);
   const Window& window = place.window;
@@ -179,7 +175,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
     make_score_gradients<kRowTiles, kStep>(ds, p, own, l);
     add_weighted_rows<kRowTiles, kStep>(sums, ds, k_tile(stage), l);
   };
-  for_each_tile<kStages>(tiles.end - tiles.begin, tiles.begin, [](int tile) { return tile + 1; }, begin, use);
+  for_each_tile(tiles.end - tiles.begin, tiles.begin, [](int tile) { return tile + 1; }, begin, use);
   T* const to = dq.row(place.batch, place.head, place.first_query + first_query);
   store_rows<kRowTiles>(sums, [&](int, int) { return call.softmax_scale; }, q_tile, first_row, to, dq.stride_m,
                         queries - first_row, call.head_dim, is_aligned, l);

@@ -14,12 +14,13 @@ inline Heads<T> heads(const Tensor& x) {
   return {x.data<T>(), x.stride(0), x.stride(1), x.stride(2)};
 }
 
-// Whether all rows, of numbers of two bytes, begin at multiples of 16 bytes.
+// Whether all rows, of numbers of two bytes, begin at multiples of 16 bytes; rows beyond the last one, too, from which
+// nothing is copied.
 inline bool rows_are_aligned(std::initializer_list<Tensor> tensors) {
   for (const Tensor& x : tensors) {
     if (x.address() % 16 != 0) return false;
     for (int i = 0; i < 3; ++i) {
-      if (x.size(i) > 1 && x.stride(i) % kChunk != 0) return false;
+      if ((x.size(i) > 1 || i == 2) && x.stride(i) % kChunk != 0) return false;
     }
   }
   return true;

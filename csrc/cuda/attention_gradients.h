@@ -11,12 +11,11 @@ struct BackwardShape {
   static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;  // as many sums as registers hold
   static constexpr int kOwn = 16 * kRowTiles * kWarps;  // rows of a block
   static constexpr int kStep = 32;                      // rows of the other side at once
-  static constexpr int kStages = 2;
 
   template <typename T>
   static constexpr int bytes() {
-    const int columns = kStages * 3 * kStep * static_cast<int>(sizeof(float));
-    return Tile<T, kDim>::bytes(2 * kOwn + 2 * kStages * kStep) + columns;
+    const int columns = 2 * 3 * kStep * static_cast<int>(sizeof(float));
+    return Tile<T, kDim>::bytes(2 * kOwn + 2 * 2 * kStep) + columns;
   }
 };
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* in_shared_memory)
 }
 
 // Begins a copy of 16 bytes to shared memory: the first `bytes` of them from `from`, a multiple of 16, the rest zeros.
-// Of no bytes `from` may point anywhere.
+// Of no bytes `from` may be any multiple of 16.
 __device__ __forceinline__ void begin_copy_16(void* to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                : "memory");

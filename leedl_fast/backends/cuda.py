@@ -153,7 +153,7 @@ def _attention_unsupported(problem: Any) -> str | None:
 def _with_aligned_rows(x: Tensor) -> Tensor:
     """x or, where one of its rows does not begin at a multiple of 16 bytes, a copy."""
     in_vector = 16 // x.element_size()
-    strides = [stride for stride, size in zip(x.stride(), x.shape[:3], strict=False) if size > 1]
+    strides = [x.stride(i) for i in range(3) if x.shape[i] > 1 or i == 2]
     if x.data_ptr() % 16 == 0 and all(stride % in_vector == 0 for stride in strides):
         return x
     columns = -(-x.shape[3] // in_vector) * in_vector
