@@ -200,14 +200,16 @@ bool attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
     using T = typename decltype(tag)::Type;
     constexpr int kDim = decltype(dim)::value;
     using Shape = BackwardShape<kDim>;
+    constexpr int kBytes = Shape::template bytes<T>();
+    static_assert(kBytes <= kMostSharedBytes);
     const int64_t blocks_q = q.size(0) * call.num_heads * tiles_of(call, call.seqlen_q, Shape::kOwn);
     const int64_t blocks_k = q.size(0) * k.size(1) * tiles_of(call, call.seqlen_k, Shape::kOwn);
-    launch_tiles(stream, attention_query_kernel<T, kDim>, blocks_q, Shape::kThreads, Shape::template bytes<T>(), call,
-                 statistics, heads<T>(dq), heads<const T>(dout), heads<const T>(q), heads<const T>(k),
+    launch_tiles(stream, attention_query_kernel<T, kDim>, blocks_q, Shape::kThreads, kBytes, call, statistics,
+                 heads<T>(dq), heads<const T>(dout), heads<const T>(q), heads<const T>(k), heads<const T>(v),
+                 is_aligned);
+    launch_tiles(stream, attention_key_value_kernel<T, kDim>, blocks_k, Shape::kThreads, kBytes, call, statistics,
+                 heads<T>(dk), heads<T>(dv), heads<const T>(dout), heads<const T>(q), heads<const T>(k),
                  heads<const T>(v), is_aligned);
-    launch_tiles(stream, attention_key_value_kernel<T, kDim>, blocks_k, Shape::kThreads, Shape::template bytes<T>(),
-                 call, statistics, heads<T>(dk), heads<T>(dv), heads<const T>(dout), heads<const T>(q),
-                 heads<const T>(k), heads<const T>(v), is_aligned);
   });
   return true;
 }

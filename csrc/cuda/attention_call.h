@@ -57,6 +57,7 @@ inline AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v
   return call;
 }
 
+constexpr int kMostSharedBytes = 99 << 10;  // of a block, on compute capability 8.6, 8.9 and 12.0; others have more
 constexpr int kMaxHeadDim = 256, kMaxHeadDimBackward = 128;
 
 template <int kDim, int kMaxDim, typename T, typename Body>

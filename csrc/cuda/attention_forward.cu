@@ -122,10 +122,11 @@ bool attention_forward(const Tensor& out, const Tensor& lse, const Tensor& base,
     using T = typename decltype(tag)::Type;
     constexpr int kDim = decltype(dim)::value;
     using Shape = ForwardShape<kDim>;
+    constexpr int kBytes = Tile<T, kDim>::bytes(Shape::kBlockM + 2 * Shape::kBlockN);
+    static_assert(kBytes <= kMostSharedBytes);
     const int64_t blocks = q.size(0) * call.num_heads * tiles_of(call, call.seqlen_q, Shape::kBlockM);
-    launch_tiles(stream, attention_forward_kernel<T, kDim>, blocks, Shape::kThreads,
-                 Tile<T, kDim>::bytes(Shape::kBlockM + 2 * Shape::kBlockN), call, statistics, heads<T>(out),
-                 heads<const T>(q), heads<const T>(k), heads<const T>(v), is_aligned);
+    launch_tiles(stream, attention_forward_kernel<T, kDim>, blocks, Shape::kThreads, kBytes, call, statistics,
+                 heads<T>(out), heads<const T>(q), heads<const T>(k), heads<const T>(v), is_aligned);
   });
   return true;
 }
