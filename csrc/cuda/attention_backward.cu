@@ -36,12 +36,12 @@ struct QueryTile {
 
 // One block owns kOwn keys of one head of k and v, for all heads of q that read it.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<kDim, true>::kThreads)
     attention_key_value_kernel(const __grid_constant__ AttentionCall call, const RowStatistics statistics,
                                const Heads<T> dk, const Heads<T> dv, const Heads<const T> dout,
                                const Heads<const T> q, const Heads<const T> k, const Heads<const T> v,
                                bool is_aligned) {
-  using Shape = BackwardShape<kDim>;
+  using Shape = BackwardShape<kDim, true>;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   constexpr int kOwn = Shape::kOwn, kStep = Shape::kStep;
   const Place place = place_of<true, kOwn>(call, blockIdx.x);
@@ -115,11 +115,11 @@ __global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
 
 // One block owns kOwn queries of one head.
 template <typename T, int kDim>
-__global__ void __launch_bounds__(BackwardShape<kDim>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<kDim, false>::kThreads)
     attention_query_kernel(const __grid_constant__ AttentionCall call, const RowStatistics statistics,
                            const Heads<T> dq, const Heads<const T> dout, const Heads<const T> q,
                            const Heads<const T> k, const Heads<const T> v, bool is_aligned) {
-  using Shape = BackwardShape<kDim>;
+  using Shape = BackwardShape<kDim, false>;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   constexpr int kOwn = Shape::kOwn, kStep = Shape::kStep;
   const Place place = place_of<false, kOwn>(call, blockIdx.x);
@@ -199,17 +199,17 @@ bool attention_backward(const Tensor& dq, const Tensor& dk, const Tensor& dv, co
   dispatch_tiles<kMaxHeadDimBackward>(q.dtype(), std::max(call.head_dim, call.head_dim_v), [&](auto tag, auto dim) {
     using T = typename decltype(tag)::Type;
     constexpr int kDim = decltype(dim)::value;
-    using Shape = BackwardShape<kDim>;
-    constexpr int kBytes = Shape::template bytes<T>();
-    static_assert(kBytes <= kMostSharedBytes);
-    const int64_t blocks_q = q.size(0) * call.num_heads * tiles_of(call, call.seqlen_q, Shape::kOwn);
-    const int64_t blocks_k = q.size(0) * k.size(1) * tiles_of(call, call.seqlen_k, Shape::kOwn);
-    launch_tiles(stream, attention_query_kernel<T, kDim>, blocks_q, Shape::kThreads, kBytes, call, statistics,
-                 heads<T>(dq), heads<const T>(dout), heads<const T>(q), heads<const T>(k), heads<const T>(v),
-                 is_aligned);
-    launch_tiles(stream, attention_key_value_kernel<T, kDim>, blocks_k, Shape::kThreads, kBytes, call, statistics,
-                 heads<T>(dk), heads<T>(dv), heads<const T>(dout), heads<const T>(q), heads<const T>(k),
-                 heads<const T>(v), is_aligned);
+    using OfQueries = BackwardShape<kDim, false>;
+    using OfKeys = BackwardShape<kDim, true>;
+    static_assert(std::max(OfQueries::template bytes<T>(), OfKeys::template bytes<T>()) <= kMostSharedBytes);
+    const int64_t blocks_q = q.size(0) * call.num_heads * tiles_of(call, call.seqlen_q, OfQueries::kOwn);
+    const int64_t blocks_k = q.size(0) * k.size(1) * tiles_of(call, call.seqlen_k, OfKeys::kOwn);
+    launch_tiles(stream, attention_query_kernel<T, kDim>, blocks_q, OfQueries::kThreads,
+                 OfQueries::template bytes<T>(), call, statistics, heads<T>(dq), heads<const T>(dout),
+                 heads<const T>(q), heads<const T>(k), heads<const T>(v), is_aligned);
+    launch_tiles(stream, attention_key_value_kernel<T, kDim>, blocks_k, OfKeys::kThreads,
+                 OfKeys::template bytes<T>(), call, statistics, heads<T>(dk), heads<T>(dv), heads<const T>(dout),
+                 heads<const T>(q), heads<const T>(k), heads<const T>(v), is_aligned);
   });
   return true;
 }

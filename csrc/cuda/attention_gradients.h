@@ -5,12 +5,13 @@
 
 namespace leedl {
 
-template <int kDim>
+// Of the kernel that owns keys, or queries.
+template <int kDim, bool kOfKeys>
 struct BackwardShape {
   static constexpr int kWarps = kDim <= 64 ? 4 : 8, kThreads = kWarps * kWarpSize;
   static constexpr int kRowTiles = kDim <= 64 ? 2 : 1;  // as many sums as registers hold
   static constexpr int kOwn = 16 * kRowTiles * kWarps;  // rows of a block
-  static constexpr int kStep = 32;                      // rows of the other side at once
+  static constexpr int kStep = kOfKeys && kDim == 64 ? 16 : 32;  // rows of the other side at once, as registers allow
 
   template <typename T>
   static constexpr int bytes() {
