@@ -4,6 +4,7 @@ PyTorch. float64 judges the other dtypes, and double-double float64.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +64,47 @@ def expected_outputs_and_gradients(
     if dtype == torch.float64:
         tensors = {name: DoubleDouble(x.detach()).requires_grad_() for name, x in tensors.items()}
     return _outputs_and_gradients(case, tensors, dtype, "eager")
+
+
+def assert_conforms(
+    case: Case, dtype: torch.dtype, backend: str, *, device: torch.device | str = "cpu"
+) -> None:
+    """Run the case on outputs that come as NaN; AssertionError where an output or a gradient is
+    further off than allowed, NotImplementedError where the backend does not take the case.
+
+    The largest error of a few numbers is a matter of luck, plain PyTorch's as much as a kernel's:
+    what is too large for one draw of the inputs must hold for two more.
+    """
+    unlucky = _too_large(case, dtype, backend, device, 0)
+    for draw in (1, 2) if unlucky else ():
+        again = _too_large(case, dtype, backend, device, draw)
+        if unlucky.keys() & again.keys():
+            raise AssertionError(f"(error, allowed) in draw 0: {unlucky}, in draw {draw}: {again}")
+
+
+def _too_large(
+    case: Case, dtype: torch.dtype, backend: str, device: torch.device | str, draw: int
+) -> dict[str, tuple[float, float]]:
+    """(error, allowed) of the outputs and gradients that are further off than allowed."""
+    with poisoned_outputs() as ran:
+        actual = outputs_and_gradients(case, dtype, backend, device=device, draw=draw)
+    if not ran:
+        raise AssertionError(f"no kernel of {backend} ran")
+    expected, allowed = _expected_and_allowed(case, dtype, device, draw)
+    errors = {name: max_error(actual[name], expected[name]) for name in expected}
+    return {
+        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
+    }
+
+
+@cache
+def _expected_and_allowed(
+    case: Case, dtype: torch.dtype, device: torch.device | str, draw: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What every output and gradient should be, and what it may be off by."""
+    expected = expected_outputs_and_gradients(case, dtype, draw=draw)
+    plain = outputs_and_gradients(case, dtype, "eager", device=device, draw=draw)
+    return expected, {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
 
 
 def _outputs_and_gradients(

@@ -10,11 +10,7 @@ from torch import Tensor
 from leedl_fast.backends import cuda
 from leedl_fast.ops import add_layer_norm, diffusion, diffusion_operators
 from leedl_fast.testing.compare import (
-    allowed_error,
-    expected_outputs_and_gradients,
-    max_error,
-    outputs_and_gradients,
-    poisoned_outputs,
+    assert_conforms,
 )
 from leedl_fast.testing.samples import CASES, Case
 
@@ -29,20 +25,10 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
-    expected = expected_outputs_and_gradients(case, dtype)
-    plain = outputs_and_gradients(case, dtype, "eager")
-    with poisoned_outputs() as ran:
-        try:
-            actual = outputs_and_gradients(case, dtype, "cuda")
-        except NotImplementedError as error:  # what the table's `unsupported` says
-            pytest.skip(str(error))
-    assert ran
-    allowed = {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
-    errors = {name: max_error(actual[name], expected[name]) for name in expected}
-    too_large = {
-        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
-    }
-    assert not too_large, "(error, allowed)"
+    try:
+        assert_conforms(case, dtype, "cuda")
+    except NotImplementedError as error:  # what the table's `unsupported` says
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)

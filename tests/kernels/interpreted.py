@@ -18,11 +18,7 @@ from leedl_fast.kernels import attention_blocks, attention_decode
 from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
-    allowed_error,
-    expected_outputs_and_gradients,
-    max_error,
-    outputs_and_gradients,
-    poisoned_outputs,
+    assert_conforms,
 )
 from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
 
@@ -93,20 +89,10 @@ IN_HALF = {
 
 
 def _check(case: Case, dtype: torch.dtype) -> None:
-    expected = expected_outputs_and_gradients(case, dtype)
-    plain = outputs_and_gradients(case, dtype, "eager")
-    with poisoned_outputs() as ran:
-        try:
-            actual = outputs_and_gradients(case, dtype, "triton")
-        except NotImplementedError as error:  # what the table's `unsupported` says
-            pytest.skip(str(error))
-    assert ran
-    allowed = {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
-    errors = {name: max_error(actual[name], expected[name]) for name in expected}
-    too_large = {
-        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
-    }
-    assert not too_large, "(error, allowed)"
+    try:
+        assert_conforms(case, dtype, "triton")
+    except NotImplementedError as error:  # what the table's `unsupported` says
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("case", SHORT, ids=str)

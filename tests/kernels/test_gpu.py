@@ -4,7 +4,7 @@ the emulator run them.
 
 import copy
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +20,8 @@ from leedl_fast.ops import add_layer_norm, attention, diffusion
 from leedl_fast.reference.philox import attention_dropout_mask
 from leedl_fast.testing.compare import (
     allowed_error,
-    expected_outputs_and_gradients,
+    assert_conforms,
     max_error,
-    outputs_and_gradients,
     poisoned_outputs,
 )
 from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
@@ -48,11 +47,6 @@ def _exact_products() -> Iterator[None]:
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@cache
-def _expected(case: Case, rounded_to: torch.dtype) -> dict[str, Tensor]:
-    return expected_outputs_and_gradients(case, rounded_to)
-
-
 def _parameters() -> Iterator[Any]:
     """float16 is bfloat16 with other roundings: a few samples do."""
     for backend in BACKENDS:
@@ -66,20 +60,10 @@ def _parameters() -> Iterator[Any]:
 @pytest.mark.parametrize(("case", "dtype", "backend"), list(_parameters()))
 def test_conformance(case: Case, dtype: torch.dtype, backend: str) -> None:
     _need(backend)
-    expected = _expected(case, dtype)
-    plain = outputs_and_gradients(case, dtype, "eager", device="cuda")
-    with poisoned_outputs() as ran:
-        try:
-            actual = outputs_and_gradients(case, dtype, backend, device="cuda")
-        except NotImplementedError as error:  # what the table's `unsupported` says
-            pytest.skip(str(error))
-    assert ran
-    allowed = {name: allowed_error(plain[name], expected[name], dtype) for name in plain}
-    errors = {name: max_error(actual[name], expected[name]) for name in expected}
-    too_large = {
-        name: (errors[name], allowed[name]) for name in errors if not errors[name] <= allowed[name]
-    }
-    assert not too_large, "(error, allowed)"
+    try:
+        assert_conforms(case, dtype, backend, device="cuda")
+    except NotImplementedError as error:  # what the table's `unsupported` says
+        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("window", [None, 300], ids=["causal", "window"])
