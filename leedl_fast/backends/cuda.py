@@ -198,6 +198,7 @@ def _attention_backward(
 ) -> None:
     """others: the rest of the Inputs, out, and the statistics of the forward pass."""
     *inputs, _, out, base, inverse_sum = others
+    assert out is not None
     assert base is not None
     delta = torch.empty_like(base)
     dsinks_of_rows = torch.empty_like(base) if problem.has_sinks else None

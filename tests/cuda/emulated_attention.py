@@ -127,7 +127,7 @@ def test_rows_that_lie_apart(width: int) -> None:
     ("dtype", "head_dim", "options", "reason"),
     [
         (torch.float32, 8, {}, "takes bfloat16 and float16, got torch.float32"),
-        (torch.bfloat16, 257, {}, "head_dim must be at most 256, got 257 and 257"),
+        (torch.bfloat16, 257, {}, "head_dim must be at most 256 without gradients, got 257"),
         (torch.bfloat16, 8, {"softcap": 1.0}, "has no softcap"),
         (torch.bfloat16, 8, {"dropout_p": 0.5}, "has no dropout"),
         (torch.bfloat16, 8, {"normalizer": "relu"}, "has no normalizer 'relu'"),
