@@ -131,8 +131,8 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
     q, k, v = (_randn(1, heads, seqlen, HEAD_DIM) for _ in range(3))
     leaves = [q, k, v]
 
-    def ours() -> Tensor:
-        return attention(q, k, v, causal=causal, window=window, backend=BACKEND)
+    def ours(backend: str = BACKEND) -> Tensor:
+        return attention(q, k, v, causal=causal, window=window, backend=backend)
 
     def flash() -> Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -149,6 +149,8 @@ def _attention(seqlen: int, heads: int, causal: bool, window: tuple[int, int] | 
     if window is not None and sum(window) < 256:
         peers[WALKING] = ours
         wraps[WALKING] = _with_tiles(kernels, step=32, programs_per_sm=2)
+    if _has_cuda_kernels():
+        peers[CUDA] = lambda: ours("cuda")
     if window is None:
         peers["SDPA flash"] = flash
     else:
