@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(BackwardShape<kDim, true>::kThreads)
     begin_copy<kOwn, kThreads>(v_tile, v.row(place.batch, place.head, place.first_key + place.first), v.stride_m,
                                visible, call.head_dim_v);
   }
-    const auto begin = [&](QueryTile tile, int stage) {
+  const auto begin = [&](QueryTile tile, int stage) {
     const int first = tile.number * kStep, queries = window.seqlen_q - first;
     begin_copy<kStep, kThreads>(q_tile(stage), q.row(place.batch, tile.head, place.first_query + first), q.stride_m,
                                 queries, call.head_dim);
