@@ -117,7 +117,8 @@ def test_doctor(monkeypatch):
 
 def test_doctor_refuses_what_the_environment_asks_for_in_vain(monkeypatch):
     monkeypatch.setattr(config, "BACKEND", "tpu")
-    assert_refused(run("doctor"), "LEEDL_FAST_BACKEND must be one of ('cpu', 'triton', 'eager')")
+    known = "('cpu', 'triton', 'cuda', 'eager')"
+    assert_refused(run("doctor"), f"LEEDL_FAST_BACKEND must be one of {known}")
     monkeypatch.setattr(config, "BACKEND", None)
     monkeypatch.setattr(config, "CPU_ISA", "avx512")
     baseline = {"baseline": cpu_modules.modules()["baseline"]}
