@@ -28,6 +28,12 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     return difference.nan_to_num(nan=torch.inf).max().item()
 
 
+def equal_bits(x: Tensor, y: Tensor) -> bool:
+    """Whether shapes, dtypes and all bits are the same, those of NaN and of zero's sign, too."""
+    same_kind = x.shape == y.shape and x.dtype == y.dtype
+    return same_kind and torch.equal(*(z.flatten().view(torch.uint8) for z in (x, y)))
+
+
 def allowed_error(plain: Tensor, expected: Tensor, dtype: torch.dtype) -> float:
     """Twice the error of `plain`, plain PyTorch's result in `dtype`, plus one ulp of the largest
     number.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from leedl_fast.backends import cuda
 from leedl_fast.ops import attention
-from leedl_fast.testing.compare import allowed_error, max_error
+from leedl_fast.testing.compare import allowed_error, equal_bits, max_error
 from leedl_fast.testing.samples import ATTENTION, ATTENTION_EXTRAS, Case
 from leedl_fast.testing.samples.attention import attention_case
 
@@ -50,10 +50,7 @@ def _run(tensors: list[Tensor], **options: Any) -> list[Tensor]:
 
 
 def _equal_bits(ours: list[Tensor], theirs: list[Tensor]) -> bool:
-    return all(
-        torch.equal(x.view(torch.uint8), y.contiguous().view(torch.uint8))
-        for x, y in zip(ours, theirs, strict=True)
-    )
+    return all(equal_bits(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def test_the_order_of_threads_changes_nothing() -> None:

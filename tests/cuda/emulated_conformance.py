@@ -8,10 +8,9 @@ from emulated_module import use_emulator
 from torch import Tensor
 
 from leedl_fast.backends import cuda
-from leedl_fast.ops import add_layer_norm, diffusion, diffusion_operators
-from leedl_fast.testing.compare import (
-    assert_conforms,
-)
+from leedl_fast.ops import add_layer_norm, diffusion_operators
+from leedl_fast.testing.compare import assert_conforms, equal_bits
+from leedl_fast.testing.noise import noise_is_the_cpus, steps_are_the_cpus
 from leedl_fast.testing.samples import CASES, Case
 
 use_emulator()
@@ -62,7 +61,7 @@ def test_a_row_does_not_depend_on_the_rows_around_it(n: int) -> None:
     whole = run(slice(None))
     for row in (0, 7, 18):
         alone = run(slice(row, row + 1))
-        assert all(map(_equal_bits, (part[row : row + 1] for part in whole), alone))
+        assert all(map(equal_bits, (part[row : row + 1] for part in whole), alone))
 
 
 @pytest.mark.parametrize("n", [1, 6, 64, 133])
@@ -78,38 +77,15 @@ def test_dropout_drops_what_the_cpu_backend_drops(n: int) -> None:
     assert all(map(torch.equal, run("cuda"), run("cpu")))
 
 
-def _equal_bits(ours: Tensor, theirs: Tensor) -> bool:
-    as_int = {4: torch.int32, 2: torch.int16}[ours.element_size()]
-    return torch.equal(ours.view(as_int), theirs.view(as_int))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=_name)
 @pytest.mark.parametrize("n", [1, 3, 4, 1023, 1025, 4096])
 def test_noise_is_the_cpu_backends_bit_for_bit(n: int, dtype: torch.dtype) -> None:
-    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
-    of_cuda, of_cpu = (
-        diffusion.randn((len(seeds), n), seed=seeds, dtype=dtype, backend=name)
-        for name in ("cuda", "cpu")
-    )
-    assert _equal_bits(of_cuda, of_cpu)
+    assert noise_is_the_cpus("cuda", n, dtype)
 
 
 @pytest.mark.parametrize("n", [700, 701])
 def test_diffusion_steps_are_the_cpu_backends_bit_for_bit(n: int) -> None:
-    sample, output, unconditional = torch.randn(3, 3, n)
-    schedule = diffusion.NoiseSchedule.linear(1000)
-    timesteps = torch.tensor([999, 500, 0])
-
-    def run(name: str) -> list[Tensor]:
-        options = {"seed": 5, "backend": name}
-        guided = {"unconditional_output": unconditional, "guidance_scale": 3.0, "clip_range": 1.0}
-        return [
-            diffusion.add_noise(sample, timesteps, schedule, **options),
-            diffusion.ddpm_step(output, timesteps, sample, schedule, **options),
-            diffusion.ddpm_step(output, timesteps, sample, schedule, **options, **guided),
-        ]
-
-    assert all(map(_equal_bits, run("cuda"), run("cpu")))
+    assert steps_are_the_cpus("cuda", n)
 
 
 def test_the_loss_of_a_sample_does_not_depend_on_its_batch() -> None:

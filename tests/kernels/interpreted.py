@@ -15,11 +15,10 @@ from leedl_fast.backends import triton as triton_backend
 from leedl_fast.kernels import add_layer_norm as forward_kernels
 from leedl_fast.kernels import add_layer_norm_backward as backward_kernels
 from leedl_fast.kernels import attention_blocks, attention_decode
-from leedl_fast.ops import add_layer_norm, attention, diffusion
+from leedl_fast.ops import add_layer_norm, attention
 from leedl_fast.reference.philox import attention_dropout_mask
-from leedl_fast.testing.compare import (
-    assert_conforms,
-)
+from leedl_fast.testing.compare import assert_conforms, equal_bits
+from leedl_fast.testing.noise import noise_is_the_cpus, steps_are_the_cpus
 from leedl_fast.testing.samples import ATTENTION_EXTRAS, CASES, Case
 
 # Cases with more tiles than the interpreter gets through in seconds; what they add beside others
@@ -132,7 +131,7 @@ def test_few_programs_that_walk_the_rows_make_the_same_bits(
     monkeypatch.setattr(forward_kernels, "blocks_for_rows", lambda *_: shared)
     monkeypatch.setattr(attention_blocks, "multiprocessors", lambda device: 5)
     for ours, theirs in zip(add_layer_norm(x, residual, **options), alone, strict=True):
-        assert torch.equal(_bits(ours), _bits(theirs))
+        assert equal_bits(ours, theirs)
 
 
 @pytest.mark.parametrize("n", [1, 6, 64, 133])
@@ -159,38 +158,15 @@ needs_exact_fma = pytest.mark.skipif(
 )
 
 
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int32)
-
-
 @needs_exact_fma
 @pytest.mark.parametrize("n", [1, 3, 4, 1023, 1025])
 def test_noise_is_the_cpu_backends_bit_for_bit(n: int) -> None:
-    seeds = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
-    of_triton, of_cpu = (
-        diffusion.randn((len(seeds), n), seed=seeds, backend=name) for name in ("triton", "cpu")
-    )
-    assert torch.equal(_bits(of_triton), _bits(of_cpu))
+    assert noise_is_the_cpus("triton", n)
 
 
 @needs_exact_fma
 def test_diffusion_steps_are_the_cpu_backends_bit_for_bit() -> None:
-    shape = (3, 700)
-    sample, output, unconditional = torch.randn(3, *shape)
-    schedule = diffusion.NoiseSchedule.linear(1000)
-    timesteps = torch.tensor([999, 500, 0])
-
-    def run(name: str) -> list[Tensor]:
-        options = {"seed": 5, "backend": name}
-        guided = {"unconditional_output": unconditional, "guidance_scale": 3.0, "clip_range": 1.0}
-        return [
-            diffusion.add_noise(sample, timesteps, schedule, **options),
-            diffusion.ddpm_step(output, timesteps, sample, schedule, **options),
-            diffusion.ddpm_step(output, timesteps, sample, schedule, **options, **guided),
-        ]
-
-    for of_triton, of_cpu in zip(run("triton"), run("cpu"), strict=True):
-        assert torch.equal(_bits(of_triton), _bits(of_cpu))
+    assert steps_are_the_cpus("triton", 700)
 
 
 def _lengths_case() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -211,7 +187,7 @@ def test_attention_reads_no_padding() -> None:
         return out, *torch.autograd.grad(out.square().sum(), leaves)
 
     for with_nan, without in zip(run(q, *poisoned), run(q, k, v), strict=True):
-        assert torch.equal(_bits(with_nan), _bits(without))
+        assert equal_bits(with_nan, without)
 
 
 def test_attention_of_a_sample_does_not_depend_on_its_batch() -> None:
@@ -227,7 +203,7 @@ def test_attention_of_a_sample_does_not_depend_on_its_batch() -> None:
             causal=True,
             backend="triton",
         )
-        assert torch.equal(_bits(whole[sample]), _bits(alone))
+        assert equal_bits(whole[sample], alone)
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(67, 45), (3, 261)], ids=["rows", "splits"])
@@ -251,7 +227,7 @@ def test_packed_sequences_are_each_alone_bit_for_bit() -> None:
         attention(*(x[:, :, begin:end] for x in (q, k, v)), **options)
         for begin, end in pairwise(cuts.tolist())
     ]
-    assert torch.equal(_bits(packed), _bits(torch.cat(alone, 2)))
+    assert equal_bits(packed, torch.cat(alone, 2))
 
 
 def test_few_queries_split_the_keys() -> None:

@@ -15,10 +15,7 @@ from torch import Tensor
 
 from leedl_fast.kernels import attention_arguments, attention_blocks, attention_tiles
 from leedl_fast.ops import attention
-
-
-def _bits(x: Tensor) -> Tensor:
-    return x.view(torch.int32)
+from leedl_fast.testing.compare import equal_bits
 
 
 def test_tensor_descriptors_load_what_pointers_load(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +64,7 @@ def _same_by_descriptors(
         with attention_blocks.changed(descriptors=True):
             described_run = run()
         for ours, theirs in zip(described_run, by_pointers, strict=True):
-            assert torch.equal(_bits(ours), _bits(theirs))
+            assert equal_bits(ours, theirs)
     return described
 
 
@@ -98,7 +95,7 @@ def test_few_programs_that_walk_the_tiles_make_the_same_bits(
     with attention_blocks.changed(programs_per_sm=2):
         shared = run()
     for ours, theirs in zip(shared, alone, strict=True):
-        assert torch.equal(_bits(ours), _bits(theirs))
+        assert equal_bits(ours, theirs)
     assert len(grids) == 3  # the forward kernel's, the query and the key_value kernel's
     assert all(programs == 4 < tiles for tiles, programs in grids)
 
