@@ -114,7 +114,7 @@ def float32_rows(x, batch, head, row, row_end, DIM: tl.constexpr, BLOCK_DIM: tl.
 
 
 @triton.jit
-def _forward_kernel(out, row_max_ptr, row_sum_ptr, q, k, v, call, BLOCK: tl.constexpr):
+def _forward_kernel(out, q, k, v, row_max_ptr, row_sum_ptr, call, BLOCK: tl.constexpr):
     """One program owns BLOCK queries of one head."""
     tile, head, batch = tile_of(tl.program_id(0), tl.cdiv(call.seqlen_q, BLOCK), call.num_heads)
     first = tile * BLOCK
@@ -173,32 +173,30 @@ def warps_of(problem: Any) -> int:
     return 4 if padded(max(problem.head_dim, problem.head_dim_v)) <= 256 else 8
 
 
-def _forward_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
-    """strides: of out, q, k and v."""
+def launch_of(
+    kernel: Any, programs: int, problem: Any, strides: tuple[tuple[int, ...], ...], **options: Any
+) -> Launch:
+    """The kernel's tensors are those of `strides`, then others as they are, then score_weight and
+    key_lengths. options: the compiler's, beside those of all.
+    """
     make_call = call_maker(problem)
-    of_out, of_q, of_k, of_v = (of[:3] for of in strides)
+    of_heads = [of[:3] for of in strides]
 
-    def arranged(
-        out: Any, row_max: Any, row_sum: Any, q: Any, k: Any, v: Any, *others: Any
-    ) -> tuple:
+    def arranged(*tensors: Any) -> tuple:
         return (
-            Heads(out, *of_out),
-            row_max,
-            row_sum,
-            Heads(q, *of_q),
-            Heads(k, *of_k),
-            Heads(v, *of_v),
-            make_call(*others),
+            *(Heads(x, *of) for x, of in zip(tensors, of_heads, strict=False)),
+            *tensors[len(of_heads) : -2],
+            make_call(*tensors[-2:]),
         )
 
-    return Launch(
-        _forward_kernel,
-        problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK),
-        (),
-        {"BLOCK": BLOCK},
-        {"num_warps": warps_of(problem), "enable_fp_fusion": True},
-        arranged,
-    )
+    options = {"num_warps": warps_of(problem), "enable_fp_fusion": True, **options}
+    return Launch(kernel, programs, (), {"BLOCK": BLOCK}, options, arranged)
+
+
+def _forward_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
+    """strides: of out, q, k and v."""
+    programs = problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK)
+    return launch_of(_forward_kernel, programs, problem, strides)
 
 
 _launch_forward = Launcher(_forward_launch)
@@ -220,4 +218,4 @@ def forward(
     """
     if problem.batch * problem.num_heads * problem.seqlen_q > 0:
         key = problem, *strides_of(out, q, k, v)
-        _launch_forward(key, out, row_max, row_sum, q, k, v, score_weight, key_lengths)
+        _launch_forward(key, out, q, k, v, row_max, row_sum, score_weight, key_lengths)

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from leedl_fast.kernels.additive_attention import (
     BLOCK,
-    call_maker,
     channel,
+    launch_of,
     pair_of,
     visible_scores,
-    warps_of,
     window_of,
 )
 from leedl_fast.kernels.attention_arguments import Heads
@@ -86,14 +85,14 @@ def _sums(columns_ptr, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.const
 @triton.jit
 def _query_kernel(
     dq,
-    columns_ptr,
-    delta_ptr,
     dout,
-    row_max_ptr,
-    row_sum_ptr,
     q,
     k,
     v,
+    columns_ptr,
+    delta_ptr,
+    row_max_ptr,
+    row_sum_ptr,
     call,
     BLOCK: tl.constexpr,
 ):
@@ -146,14 +145,14 @@ def _query_kernel(
 def _key_value_kernel(
     dk,
     dv,
-    columns_ptr,
-    delta_ptr,
     dout,
-    row_max_ptr,
-    row_sum_ptr,
     q,
     k,
     v,
+    columns_ptr,
+    delta_ptr,
+    row_max_ptr,
+    row_sum_ptr,
     call,
     BLOCK: tl.constexpr,
 ):
@@ -209,60 +208,14 @@ def _key_value_kernel(
 
 def _query_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
     """strides: of dq, dout, q, k and v."""
-    of_dq, of_dout, *of_inputs = (of[:3] for of in strides)
-    make_call = call_maker(problem)
-
-    def arranged(
-        dq: Any, columns: Any, delta: Any, dout: Any, row_max: Any, row_sum: Any, *others: Any
-    ) -> tuple:
-        return (
-            Heads(dq, *of_dq),
-            columns,
-            delta,
-            Heads(dout, *of_dout),
-            row_max,
-            row_sum,
-            *(Heads(x, *of) for x, of in zip(others, of_inputs, strict=False)),
-            make_call(*others[3:]),
-        )
-
     programs = problem.batch * problem.num_heads * triton.cdiv(problem.seqlen_q, BLOCK)
-    return Launch(_query_kernel, programs, (), {"BLOCK": BLOCK}, _options(problem), arranged)
+    return launch_of(_query_kernel, programs, problem, strides, num_stages=1)
 
 
 def _key_value_launch(problem: Any, *strides: tuple[int, ...]) -> Launch:
     """strides: of dk, dv, dout, q, k and v."""
-    of_dk, of_dv, of_dout, *of_inputs = (of[:3] for of in strides)
-    make_call = call_maker(problem)
-
-    def arranged(
-        dk: Any,
-        dv: Any,
-        columns: Any,
-        delta: Any,
-        dout: Any,
-        row_max: Any,
-        row_sum: Any,
-        *others: Any,
-    ) -> tuple:
-        return (
-            Heads(dk, *of_dk),
-            Heads(dv, *of_dv),
-            columns,
-            delta,
-            Heads(dout, *of_dout),
-            row_max,
-            row_sum,
-            *(Heads(x, *of) for x, of in zip(others, of_inputs, strict=False)),
-            make_call(*others[3:]),
-        )
-
     programs = problem.batch * problem.num_heads_k * triton.cdiv(problem.seqlen_k, BLOCK)
-    return Launch(_key_value_kernel, programs, (), {"BLOCK": BLOCK}, _options(problem), arranged)
-
-
-def _options(problem: Any) -> dict[str, Any]:
-    return {"num_warps": warps_of(problem), "num_stages": 1, "enable_fp_fusion": True}
+    return launch_of(_key_value_kernel, programs, problem, strides, num_stages=1)
 
 
 _launch_query, _launch_key_value = Launcher(_query_launch), Launcher(_key_value_launch)
@@ -293,11 +246,12 @@ def backward(
     of_keys = row_max.new_empty(
         batch * problem.num_heads_k * key_blocks * (head_dim + problem.head_dim_v) * BLOCK
     )
-    inputs = dout, row_max, row_sum, q, k, v, score_weight, key_lengths
-    strides = strides_of(dout, q, k, v)
+    inputs = dout, q, k, v
+    rest = delta, row_max, row_sum, score_weight, key_lengths
     if of_queries.numel():
-        _launch_query((problem, *strides_of(dq), *strides), dq, of_queries, delta, *inputs)
+        key = problem, *strides_of(dq, *inputs)
+        _launch_query(key, dq, *inputs, of_queries, *rest)
     if of_keys.numel():
-        key = problem, *strides_of(dk, dv), *strides
-        _launch_key_value(key, dk, dv, of_keys, delta, *inputs)
+        key = problem, *strides_of(dk, dv, *inputs)
+        _launch_key_value(key, dk, dv, *inputs, of_keys, *rest)
     torch.sum(of_queries[..., head_dim * BLOCK :], dim=(0, 2), out=dscore_weight)
