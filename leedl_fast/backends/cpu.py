@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, get_num_threads
 
 from leedl_fast.backends import Implementation
+from leedl_fast.backends.arguments import contiguous, of_add_layer_norm_backward
 from leedl_fast.backends.cpu_modules import entry_points, isa, reasons
 
 MAX_HEAD_DIM = 256
@@ -68,44 +69,18 @@ def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
     )
 
 
-def _add_layer_norm_forward(
-    problem: Any,
-    normed: Tensor,
-    summed: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> None:
+def _add_layer_norm_forward(problem: Any, *tensors: Tensor | None) -> None:
+    """tensors: normed, summed, x, residual, weight, bias, seed."""
     options = problem.eps, problem.norm == "rms", problem.dropout_p, get_num_threads()
     run = entry_points.add_layer_norm_forward
-    if not run(normed, summed, x, residual, weight, bias, seed, *options):
-        x, residual = x.contiguous(), residual.contiguous()
-        weight = None if weight is None else weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        run(normed, summed, x, residual, weight, bias, seed, *options)
+    if not run(*tensors, *options):
+        run(*tensors[:2], *map(contiguous, tensors[2:]), *options)
 
 
-def _add_layer_norm_backward(
-    problem: Any,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+def _add_layer_norm_backward(problem: Any, *tensors: Any) -> None:
     entry_points.add_layer_norm_backward(
-        dx,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        *(dnormed, dsummed, summed, weight if weight is None else weight.contiguous()),
-        problem.eps,
-        problem.norm == "rms",
-        get_num_threads(),
+        *of_add_layer_norm_backward(*tensors),
+        *(problem.eps, problem.norm == "rms", get_num_threads()),
     )
 
 

@@ -1,20 +1,17 @@
 """The compiled modules of csrc/cpu, one per instruction set, and which of them is in use."""
 
-import importlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from leedl_fast import config
+from leedl_fast.backends.compiled import load
 
 ISAS = ("avx512", "avx2", "baseline")  # the best first
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)  # the types of tensors that need no dispatcher
 
 
 @cache
@@ -32,25 +29,13 @@ def reasons() -> dict[str, str]:
 @cache
 def _load(isa: str) -> ModuleType | str:
     """The module for `isa`, or the reason why it cannot run here."""
-    name = f"_cpu_{isa}"
     if isa != "baseline":  # loading a module already runs its instructions
         baseline = _load("baseline")
         if isinstance(baseline, str):
             return baseline
         if not baseline.processor_can_run(isa):
             return f"this processor has no {isa.upper()}"
-    try:
-        module = importlib.import_module(f"leedl_fast.{name}")
-    except ModuleNotFoundError:
-        report = Path(__file__).parent.parent / "_build.json"
-        missing = json.loads(report.read_text())["missing"] if report.exists() else {}
-        return missing.get(name, "not built: reinstall leedl_fast on a machine with a C++ compiler")
-    except ImportError as error:
-        return f"{name} cannot be loaded: {error}"
-    exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange_api is None or not module.read_tensors(exchange_api, *PLAIN_TYPES):
-        return f"torch {torch.__version__} has no DLPack exchange API of version 1"
-    return module
+    return load(f"_cpu_{isa}", "a C++ compiler")
 
 
 def signature() -> Callable[..., bytes | None] | None:

@@ -1,10 +1,7 @@
 """The CUDA backend: calls of the compiled module on NVIDIA GPUs, and one table row per op."""
 
-import importlib
-import json
 from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +9,8 @@ import torch
 from torch import Tensor
 
 from leedl_fast.backends import Implementation
-from leedl_fast.backends.cpu_modules import PLAIN_TYPES
+from leedl_fast.backends.arguments import contiguous, of_add_layer_norm_backward
+from leedl_fast.backends.compiled import load
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)  # the first of setup.py's CUDA_TARGETS
@@ -21,18 +19,7 @@ MIN_CAPABILITY = (8, 0)  # the first of setup.py's CUDA_TARGETS
 @cache
 def _load() -> ModuleType | str:
     """The compiled module, or the reason why there is none."""
-    try:
-        module = importlib.import_module("leedl_fast._cuda")
-    except ModuleNotFoundError:
-        report = Path(__file__).parent.parent / "_build.json"
-        missing = json.loads(report.read_text())["missing"] if report.exists() else {}
-        return missing.get("_cuda", "not built: reinstall leedl_fast on a machine with nvcc")
-    except ImportError as error:
-        return f"_cuda cannot be loaded: {error}"
-    exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if exchange_api is None or not module.read_tensors(exchange_api, *PLAIN_TYPES):
-        return f"torch {torch.__version__} has no DLPack exchange API of version 1"
-    return module
+    return load("_cuda", "nvcc")
 
 
 def reason() -> str | None:
@@ -73,45 +60,21 @@ def _unsupported(problem: Any) -> str | None:
     return unsupported_device(problem.device)
 
 
-def _add_layer_norm_forward(
-    problem: Any,
-    normed: Tensor,
-    summed: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor | None,
-) -> None:
+def _add_layer_norm_forward(problem: Any, *tensors: Tensor | None) -> None:
+    """tensors: normed, summed, x, residual, weight, bias, seed."""
     options = problem.eps, problem.norm == "rms", problem.dropout_p
     run = _module().add_layer_norm_forward
-    if not run(normed, summed, x, residual, weight, bias, seed, *options):
-        x, residual = x.contiguous(), residual.contiguous()
-        weight = None if weight is None else weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        run(normed, summed, x, residual, weight, bias, seed, *options)
+    if not run(*tensors, *options):
+        run(*tensors[:2], *map(contiguous, tensors[2:]), *options)
 
 
-def _add_layer_norm_backward(
-    problem: Any,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+def _add_layer_norm_backward(problem: Any, *tensors: Any) -> None:
     # Blocks that fill a GPU, of 16 rows or more, and partial sums that its cache holds.
     parts = max(1, min(-(-problem.rows // 16), 2**21 // problem.n, 1024))
     partial = torch.empty(parts, 2, problem.n, dtype=torch.float32, device=problem.device)
+    dx, dweight, dbias, *inputs = of_add_layer_norm_backward(*tensors)
     _module().add_layer_norm_backward(
-        dx,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        *(partial, dnormed, dsummed, summed, weight if weight is None else weight.contiguous()),
-        *(problem.eps, problem.norm == "rms"),
+        dx, dweight, dbias, partial, *inputs, problem.eps, problem.norm == "rms"
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from leedl_fast.backends import Implementation
+from leedl_fast.backends.arguments import of_add_layer_norm_backward
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,39 +70,29 @@ def _kernels(module: str) -> Any:
     return import_module(f"leedl_fast.kernels.{module}")
 
 
-def _is_current(device: torch.device) -> bool:
-    """Whether Triton, which launches on the current device, launches on this one."""
-    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
-
-
-def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
-    """With the problem's device the current one."""
-
-    @wraps(kernel)
-    def run(problem: Any, *tensors: Tensor | None) -> None:
-        if _is_current(problem.device):
-            kernel(problem, *tensors)
-        else:
-            with torch.cuda.device(problem.device):
-                kernel(problem, *tensors)
-
-    return run
-
-
-def _kernel(module: str, name: str) -> Callable[..., None]:
-    """A function of leedl_fast.kernels on its problem's device, by one call less than
-    _on_its_device would make: it shows beside a small kernel.
+def _guarded(find: Callable[[], Callable[..., None]]) -> Callable[..., None]:
+    """What `find` finds, called with its problem's device the current one, on which Triton
+    launches.
     """
 
     def run(problem: Any, *tensors: Tensor | None) -> None:
-        kernel = getattr(_kernels(module), name)
-        if _is_current(problem.device):
+        kernel, device = find(), problem.device
+        if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
             kernel(problem, *tensors)
         else:
-            with torch.cuda.device(problem.device):
+            with torch.cuda.device(device):
                 kernel(problem, *tensors)
 
     return run
+
+
+def _on_its_device(kernel: Callable[..., None]) -> Callable[..., None]:
+    return wraps(kernel)(_guarded(lambda: kernel))
+
+
+def _kernel(module: str, name: str) -> Callable[..., None]:
+    """A function of leedl_fast.kernels, as it is."""
+    return _guarded(lambda: getattr(_kernels(module), name))
 
 
 @_on_its_device
@@ -113,27 +104,8 @@ def _additive_attention_backward(problem: Any, *tensors: Tensor | None) -> None:
 
 
 @_on_its_device
-def _add_layer_norm_backward(
-    problem: Any,
-    dx: Tensor,
-    dweight: Tensor,
-    dbias: Tensor,
-    dnormed: Tensor,
-    dsummed: Tensor | None,
-    summed: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    _kernels("add_layer_norm_backward").backward(
-        problem,
-        dx,
-        None if weight is None else dweight,
-        None if bias is None else dbias,
-        dnormed,
-        dsummed,
-        summed,
-        weight if weight is None else weight.contiguous(),
-    )
+def _add_layer_norm_backward(problem: Any, *tensors: Any) -> None:
+    _kernels("add_layer_norm_backward").backward(problem, *of_add_layer_norm_backward(*tensors))
 
 
 @_on_its_device

@@ -11,7 +11,7 @@ from torch._C import _are_functorch_transforms_active as in_functorch_transform
 from torch.compiler import is_compiling
 
 from leedl_fast.backends import Implementation, requested, select, table
-from leedl_fast.backends.cpu_modules import PLAIN_TYPES
+from leedl_fast.backends.compiled import PLAIN_TYPES
 from leedl_fast.backends.cpu_modules import signature as compiled_signature
 from leedl_fast.ops import checks
 from leedl_fast.ops.checks import kind
