@@ -49,19 +49,14 @@ def report(console: Console | None = None) -> bool:
 
 
 def _states(backend: str) -> list[tuple[str, str]]:
-    if backend == "triton":
-        if (reason := triton.reason()) is not None:
-            return [(backend, f"[yellow]does not run[/]: {reason}")]
-        if triton.is_interpreted():
-            return [(backend, "[green]runs[/] in Triton's interpreter")]
-        if not torch.cuda.is_available():
-            return [(backend, "[yellow]does not run[/]: torch sees no GPU here")]
-        return [(backend, f"[green]runs[/] on {torch.cuda.get_device_name()}")]
-    if backend == "cuda":
-        reason = cuda.reason()
+    if backend == "triton" and triton.reason() is None and triton.is_interpreted():
+        return [(backend, "[green]runs[/] in Triton's interpreter")]
+    if backend in ("triton", "cuda"):
+        reason = {"triton": triton, "cuda": cuda}[backend].reason()
         if reason is None and not torch.cuda.is_available():
             reason = "torch sees no GPU here"
-        reason = reason or cuda.unsupported_device(torch.device("cuda"))
+        if reason is None and backend == "cuda":
+            reason = cuda.unsupported_device(torch.device("cuda"))
         if reason is not None:
             return [(backend, f"[yellow]does not run[/]: {reason}")]
         return [(backend, f"[green]runs[/] on {torch.cuda.get_device_name()}")]

@@ -75,7 +75,7 @@ def additive_attention(
             alone means (w, w), or (w, 0) when causal. Negative numbers are an error.
         key_lengths: (batch,) int64 or int32: sample b sees its first key_lengths[b] keys only. What
             the other keys hold is never read into a result.
-        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         (batch, num_heads, seqlen_q, head_dim_v), in the dtype and storage order of q. A query that

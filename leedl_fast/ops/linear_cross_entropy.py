@@ -72,7 +72,7 @@ def linear_cross_entropy(
         ignore_index: rows with this target have no loss and no gradient.
         reduction: "mean" over the rows that are not ignored (NaN where all are), "sum", or "none".
         label_smoothing: in [0, 1]: the share of the target distribution that is uniform.
-        backend: "cpu", "triton", "cuda" or "eager"; by default the fastest that takes the problem.
+        backend: "cpu", "triton" or "eager"; by default the fastest that takes the problem.
 
     Returns:
         The loss in the dtype of hidden: a scalar, or (...) for reduction="none". Differentiable in

@@ -41,10 +41,9 @@ def scaled_dot_product_attention(
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         checks.check_tensor(name, tensor)
-    query, key, value = under_autocast(query, key, value)
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() < 2:
             raise ValueError(f"{name} must have at least 2 dimensions, got {tuple(tensor.shape)}")
+    query, key, value = under_autocast(query, key, value)
     checks.check_bool("is_causal", is_causal)
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask must be None with is_causal=True, got a tensor")
