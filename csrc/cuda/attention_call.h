@@ -58,6 +58,7 @@ inline AttentionCall make_call(const Tensor& q, const Tensor& k, const Tensor& v
 }
 
 constexpr int kMostSharedBytes = 99 << 10;  // of a block, on compute capability 8.6, 8.9 and 12.0; others have more
+constexpr int kSharedBytesOfAny = 48 << 10;
 constexpr int kMaxHeadDim = 256, kMaxHeadDimBackward = 128;
 
 template <int kDim, int kMaxDim, typename T, typename Body>
@@ -81,7 +82,9 @@ inline void launch_tiles(const Stream& stream, void (*kernel)(Parameters...), in
                          int shared_bytes, Arguments&&... arguments) {
   if (blocks == 0) return;
   // More than what every kernel may have must be asked for, on each device anew.
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  if (shared_bytes > kSharedBytesOfAny) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+  }
   stream.launch(kernel, grid_size(blocks), threads, shared_bytes, std::forward<Arguments>(arguments)...);
 }
 

@@ -44,8 +44,8 @@ static __global__ void __launch_bounds__(kDeltaThreads)
 }
 
 inline void fill_delta(const Stream& stream, const AttentionCall& call, const Tensor& delta, const Tensor& dsinks_of_rows,
-                const Tensor& dout, const Tensor& out, const Tensor& dlse, const Tensor& base,
-                const Tensor& inverse_sum) {
+                       const Tensor& dout, const Tensor& out, const Tensor& dlse, const Tensor& base,
+                       const Tensor& inverse_sum) {
   int lanes = 1;
   while (lanes * kChunk < call.head_dim_v) lanes *= 2;
   const int64_t blocks = dout.size(0) * call.num_heads * tiles_of(call, call.seqlen_q, kDeltaRows);
